@@ -20,8 +20,10 @@ class BuildWithExperiments(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
+            bundled = Path(self.build_lib) / "ecomrec" / "_bundled"
+            shutil.rmtree(bundled, ignore_errors=True)
             for folder in BUNDLED:
-                shutil.copytree(HERE / folder, Path(self.build_lib) / "ecomrec" / "_bundled" / folder, dirs_exist_ok=True)
+                shutil.copytree(HERE / folder, bundled / folder, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
 
 
 setup(
@@ -34,9 +36,10 @@ setup(
     author_email=settings["author_email"],
     url=settings["git_url"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     keywords=settings["keywords"].split(),
     packages=find_packages(include=["ecomrec", "ecomrec.*"]),
-    package_data={"": ["*.json", "*.css"]},
+    package_data={"": ["*.json", "*.txt", "*.csv", "*.css", "*.js", "*.html"]},
     python_requires=f">={settings['min_python']},<3.12",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},

@@ -1,0 +1,39 @@
+"""What all tests share: where the real data are, how many examples a property is tried on."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Timing is never asserted: a loaded machine is no error.
+settings.register_profile("test", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("soak", parent=settings.get_profile("test"), max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Side by side, a file's tests share one process and what they set up; notebooks are spread one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesAndNotebooks(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "test_notebooks.py" in nodeid else nodeid.partition("::")[0]
+
+    return FilesAndNotebooks(config, log)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, which `ECOMREC_DATA` names; a test that needs it is skipped without."""
+    folder = os.environ.get("ECOMREC_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("ECOMREC_DATA does not name a folder with the real data sets")
+    return Path(folder)

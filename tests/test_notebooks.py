@@ -1,0 +1,27 @@
+"""Every notebook runs on a fresh kernel. Experiments are run with their small sizes by the tests of the lab."""
+
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "nbs/_tools"))
+
+from notebooks import NBS, execute, notebooks  # noqa: E402
+
+FOUND = [p for p in notebooks() if p.relative_to(NBS).parts[0] not in ("experiments", "applications")]
+
+
+def skipped_cells() -> tuple[str, ...]:
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    return tuple(settings["DEFAULT"]["tst_flags"].split())
+
+
+@pytest.mark.parametrize("path", FOUND, ids=[p.relative_to(NBS).as_posix() for p in FOUND])
+def test_runs(path):
+    executed = execute(path, skip=skipped_cells(), timeout=600)
+    errors = [o for cell in executed.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert not errors
