@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 WORKERS ?= 2
 BIN := .venv/bin
+PINNED := .venv/.pinned
 READY := .venv/.ready
 
 # Waiting threads sleep instead of spinning: on few cores that halves the time of everything that runs side by side.
@@ -26,13 +27,17 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Nothing is installed twice: the stamp is older than these files only when one of them changed.
-$(READY): constraints.txt settings.ini setup.py
+# Nothing is installed twice: a stamp is older than its files only when one of them changed. The pins are the complete set, so pip
+# need not search for one that fits, and it need not compile modules that nobody imports; `pip check` has the last word.
+$(PINNED): constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "ecomrec needs Python 3.11 and found no $(PYTHON); name yours with: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Installing into .venv (about 3 GB, some minutes; only this once)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $$(grep -E '^(torch|setuptools)==' constraints.txt)
-	$(BIN)/python -m pip install --quiet -r constraints.txt
+	$(BIN)/python -m pip install --quiet --no-compile $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps -r constraints.txt
+	@touch $@
+
+$(READY): $(PINNED) settings.ini setup.py
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	$(BIN)/python -m pip check
 	@touch $@
@@ -49,7 +54,7 @@ docs: $(READY) ## Build the docs site into _site/
 	@echo "The site: file://$(CURDIR)/_site/index.html"
 
 lab: $(READY) ## Open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/tutorials/start_here.ipynb
+	$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/tutorials/start_here.ipynb
 
 notebooks: $(READY) ## Export, execute every notebook on a fresh kernel, store its outputs, write README.md
 	$(BIN)/nbdev_export
@@ -59,7 +64,7 @@ notebooks: $(READY) ## Export, execute every notebook on a fresh kernel, store i
 system: ## Install the Debian packages that browser tests need: chromium, fonts-noto-cjk
 	@missing=""; \
 	command -v chromium >/dev/null || missing="chromium"; \
-	fc-list 2>/dev/null | grep -q -i "noto.*cjk" || missing="$$missing fonts-noto-cjk"; \
+	fc-list 2>/dev/null | grep -i "noto.*cjk" >/dev/null || missing="$$missing fonts-noto-cjk"; \
 	if [ -z "$$missing" ]; then echo "system: chromium and fonts-noto-cjk are there, nothing to install"; exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then echo "system: this is no Debian; install yourself what the tests will otherwise skip:" $$missing; exit 0; fi; \
 	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo"; \

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNITS', 'RUN_VARIABLE', 'PATHS', 'NAMES_OR_PATHS', 'RunError', 'RunRecorder', 'current', 'defaults', 'read_value',
            'resolve', 'fingerprint', 'NotebookError', 'runs_folder', 'run', 'report', 'find_run', 'runs', 'leaderboard',
-           'compare', 'save_run']
+           'compare', 'save_run', 'results_table']
 
 # %% ../nbs/01_lab.ipynb #00000003
 import ast
@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import numbers
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from numbers import Integral, Real
 from pathlib import Path
 from urllib.parse import quote
 
@@ -37,25 +37,26 @@ from filelock import FileLock, Timeout
 
 import ecomrec
 from .data.artefacts import ArtefactError, home, sha256, verify, write_json, writing
+from .evaluate.compare import holm, paired_test
 
 # %% ../nbs/01_lab.ipynb #00000008
 def _store(value: object, folder: Path) -> None:
     """Write a table, an array, what JSON can hold, or a dict of these, as one part of a run."""
-    several = isinstance(value, dict) and any(isinstance(v, (pd.DataFrame, pd.Series, np.ndarray)) for v in value.values())
+    kinds = (pd.DataFrame, pd.Series, np.ndarray)
+    several = isinstance(value, dict) and any(isinstance(item, kinds) for item in value.values())
     index = []
     with writing(folder) as half:
         for place, (name, item) in enumerate(value.items() if several else [("", value)]):
             if isinstance(item, (pd.DataFrame, pd.Series)):
                 kind = "series" if isinstance(item, pd.Series) else "frame"
-                table = item.to_frame(item.name if item.name is not None else "") if kind == "series" else item
-                table.to_parquet(half / f"{place}.parquet")
+                (item.to_frame("value") if kind == "series" else item).to_parquet(half / f"{place}.parquet")
             elif isinstance(item, np.ndarray):
                 kind = "array"
-                np.savez(half / f"{place}.npz", item)
+                np.savez(half / f"{place}.npz", item, allow_pickle=False)
             else:
                 kind = "json"
                 (half / f"{place}.json").write_text(json.dumps(item, ensure_ascii=False), encoding="utf-8")
-            index.append([name, kind])
+            index.append([name, kind, item.name if kind == "series" else None])
         write_json(half / "index.json", {"several": several, "items": index})
 
 
@@ -64,10 +65,11 @@ def _restore(folder: Path) -> object:
     verify(folder)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     values = {}
-    for place, (name, kind) in enumerate(index["items"]):
-        if kind in ("frame", "series"):
-            table = pd.read_parquet(folder / f"{place}.parquet")
-            values[name] = table if kind == "frame" else table.iloc[:, 0]
+    for place, (name, kind, label) in enumerate(index["items"]):
+        if kind == "frame":
+            values[name] = pd.read_parquet(folder / f"{place}.parquet")
+        elif kind == "series":
+            values[name] = pd.read_parquet(folder / f"{place}.parquet")["value"].rename(label)
         elif kind == "array":
             with np.load(folder / f"{place}.npz", allow_pickle=False) as archive:
                 values[name] = archive["arr_0"]
@@ -88,11 +90,11 @@ def _checked_metrics(metrics: dict[str, float]) -> dict[str, float]:
     if not metrics:
         raise RunError("metrics: there are none; give at least one number by name, e.g. {'bm25/ndcg@10': 0.81}")
     for name, value in metrics.items():
-        if not isinstance(name, str) or isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        if not isinstance(name, str) or isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
             raise RunError(f"metrics: {name!r} is {value!r}; one flat object of numbers by name is wanted")
         if not math.isfinite(value):
-            raise RunError(f"metrics: {name!r} is {value}; leave a metric out where it has no value, or say why it is 0")
-    return {name: int(value) if isinstance(value, numbers.Integral) else float(value) for name, value in metrics.items()}
+            raise RunError(f"metrics: {name!r} is {value}; leave a metric out where it has no value")
+    return {name: int(value) if isinstance(value, Integral) else float(value) for name, value in metrics.items()}
 
 
 def _checked_per_query(frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
@@ -100,7 +102,8 @@ def _checked_per_query(frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
     units = [unit for unit in UNITS if unit in frame.columns]
     missing = [column for column in ("system", "metric", "value") if column not in frame.columns]
     if len(units) != 1 or missing:
-        raise RunError(f"per_query: wants the columns {' or '.join(UNITS)}, system, metric, value; has {list(frame.columns)}")
+        wanted = f"{' or '.join(UNITS)}, system, metric, value"
+        raise RunError(f"per_query: wants the columns {wanted}; has {list(frame.columns)}")
     table = frame[[units[0], "system", "metric", "value"]].reset_index(drop=True)
     table = table.astype({units[0]: "str", "system": "str", "metric": "str", "value": "float64"})
     twice = table.duplicated([units[0], "system", "metric"])
@@ -123,8 +126,8 @@ def _write_trec(folder: Path, run: pd.DataFrame, judgements: pd.DataFrame, syste
         ["query_id", "score", "item_id"], ascending=[True, False, False], kind="stable"
     )
     ranked["rank"] = ranked.groupby("query_id").cumcount() + 1
-    rows = zip(ranked["query_id"], ranked["item_id"], ranked["rank"], ranked["score"])
-    lines = [f"{_trec_id(q)} Q0 {_trec_id(i)} {rank} {float(score)!r} {_trec_id(system)}\n" for q, i, rank, score in rows]
+    rows, tag = zip(ranked["query_id"], ranked["item_id"], ranked["rank"], ranked["score"]), _trec_id(system)
+    lines = [f"{_trec_id(q)} Q0 {_trec_id(i)} {rank} {float(score)!r} {tag}\n" for q, i, rank, score in rows]
     _write_text(folder / "run.trec", "".join(lines))
     rows = zip(judgements["query_id"], judgements["item_id"], judgements["grade"])
     _write_text(folder / "qrels.trec", "".join(f"{_trec_id(q)} 0 {_trec_id(i)} {int(grade)}\n" for q, i, grade in rows))
@@ -240,7 +243,7 @@ def current(name: str, parameters: dict | None = None) -> RunRecorder:
     """
     folder = os.environ.get(RUN_VARIABLE)
     if folder and not Path(folder).name.startswith(f"{name}-"):
-        raise RunError(f"{RUN_VARIABLE} names the folder of another experiment, {Path(folder).name}, not of {name!r}; unset it")
+        raise RunError(f"{RUN_VARIABLE} is {Path(folder).name}, a folder of another experiment than {name!r}; unset it")
     return RunRecorder(name, parameters, Path(folder) if folder else None)
 
 # %% ../nbs/01_lab.ipynb #0000001d
@@ -341,23 +344,27 @@ def _located(name: str, value: object, default: object) -> object:
     must_exist = name in PATHS or path.is_absolute() or str(value)[0] in ".~" or (name == "source" and value != default)
     if must_exist and not path.exists():
         names = f", nor is it a known set ({', '.join(SOURCES)})" if name == "source" else ""
-        raise RunError(f"parameter {name!r}: there is no {value} in {Path.cwd()}{names}; give the path of a file or folder")
+        raise RunError(f"parameter {name!r}: there is no {value} in {Path.cwd()}{names}; give an existing path")
     return str(path.resolve()) if path.exists() else str(value)
 
 # %% ../nbs/01_lab.ipynb #00000021
-def resolve(name: str, parameters: dict | None = None, file: Path | str | None = None, experiments: Path | str | None = None) -> dict:
+def resolve(
+    name: str, parameters: dict | None = None, file: Path | str | None = None, experiments: Path | str | None = None
+) -> dict[str, object]:
     """All parameters of a run: the defaults, changed by a file, changed by what was given.
 
     Args:
         name: The experiment.
         parameters: Values by name.
-        file: A YAML file of values by name; what stands in `parameters` wins.
+        file: A YAML file of values by name, or the name of one beside the notebook; what stands in `parameters` wins.
         experiments: Folder of the notebook; the project's own if left out.
     Raises:
         RunError: If a name is not known, or a value is not of the kind of its default.
     """
     known, given = defaults(name, experiments), {}
     if file is not None:
+        beside = _experiment(name, experiments).parent / Path(file).name
+        file = beside if str(file) == beside.name and not Path(file).exists() else file
         try:
             given = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -367,8 +374,10 @@ def resolve(name: str, parameters: dict | None = None, file: Path | str | None =
     given = given | (parameters or {})
     for key in given:
         if key not in known:
-            raise RunError(f"{name} has no parameter {key!r}{_closest(str(key), list(known))}; it has: {', '.join(known)}")
-    return {key: _located(key, _fitted(key, given.get(key, default), default), default) for key, default in known.items()}
+            near = _closest(str(key), list(known))
+            raise RunError(f"{name} has no parameter {key!r}{near}; it has: {', '.join(known)}")
+    fitted = {key: _fitted(key, given.get(key, default), default) for key, default in known.items()}
+    return {key: _located(key, value, known[key]) for key, value in fitted.items()}
 
 # %% ../nbs/01_lab.ipynb #00000024
 def _inputs(parameters: dict) -> dict[str, dict[str, str]]:
@@ -418,8 +427,9 @@ def fingerprint(name: str, parameters: dict, experiments: Path | str | None = No
         experiments: Folder of its notebook; the project's own if left out.
     """
     inputs = _inputs(parameters)
+    files = [key for key in inputs if Path(parameters[key]).is_absolute()]
     content = {
-        "parameters": {key: value for key, value in parameters.items() if not (key in inputs and Path(value).is_absolute())},
+        "parameters": {key: value for key, value in parameters.items() if key not in files},
         "inputs": inputs,
         "notebook": [cell["source"] for cell in _code_cells(_experiment(name, experiments))],
         "package": _package_source(),
@@ -463,11 +473,12 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, object]:
     """What the numbers of time and memory were measured on."""
+    process = psutil.Process()
     return {
         "system": platform.system(),
         "machine": platform.machine(),
         "processor": _processor(),
-        "cores": len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count(),
+        "cores": len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
     }
 
@@ -534,17 +545,21 @@ def _execute(name: str, notebook: Path, folder: Path, given: dict, progress: boo
     papermill_engines.register("ecomrec", _kernel_engine())
     out = folder / "run.ipynb"
     plain = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, out)]  # papermill formats paths
-    shown = {"progress_bar": {"desc": name, "file": sys.stderr}, "stderr_file": _Messages()} if progress else {"progress_bar": False}
+    options = {"parameters": given, "engine_name": "ecomrec", "folder": str(folder), "progress_bar": False}
+    if progress:
+        options |= {"progress_bar": {"desc": name, "file": sys.stderr}, "stderr_file": _Messages()}
     # A reader's own IPython start-up files and history are no part of a run.
     with tempfile.TemporaryDirectory() as profile:
         env = os.environ | {RUN_VARIABLE: str(folder), "IPYTHONDIR": profile}
         try:
-            papermill.execute_notebook(*plain, parameters=given, engine_name="ecomrec", env=env, folder=str(folder), **shown)
+            papermill.execute_notebook(*plain, env=env, **options)
         except PapermillExecutionError as error:
             said = " ".join(str(error.evalue).split())
-            raise NotebookError(f"{name} stopped in its cell [{error.exec_count}] with {error.ename}: {said[:500]}", out) from error
+            where = f"{name} stopped in its cell [{error.exec_count}]"
+            raise NotebookError(f"{where} with {error.ename}: {said[:500]}", out) from error
         except DeadKernelError as error:
-            raise NotebookError(f"{name}: its kernel died, most often for want of memory; run it again to go on from its parts", out) from error
+            hint = "most often for want of memory; run it again to go on from its parts"
+            raise NotebookError(f"{name}: its kernel died, {hint}", out) from error
 
 # %% ../nbs/01_lab.ipynb #0000002a
 def runs_folder(root: Path | str | None = None) -> Path:
@@ -608,21 +623,24 @@ def run(
     folder = runs_folder(root) / f"{name}-{digest}"
     with _alone(folder):
         if (folder / "metrics.json").exists() and not again:
+            if progress:
+                print(f"{folder.name} is finished; again=True (--again) repeats it", file=sys.stderr)
             return folder
         resumed = (folder / "parts").is_dir() and not again
         _emptied(folder, keep=() if again else ("parts", "checkpoints"))
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         _execute(name, notebook, folder, given, progress)
         about = {"name": name, "hash": digest, "parameters": _portable(resolved), "seeds": resolved.get("seeds")}
-        about |= {"inputs": _inputs(resolved), **_commit(), "versions": _versions(), "started": started, "resumed": resumed}
-        _finish(folder, about | {"seconds": round(time.perf_counter() - began, 1)})
+        about |= {"inputs": _inputs(resolved), **_commit(), "versions": _versions(), "started": started}
+        _finish(folder, about | {"resumed": resumed, "seconds": round(time.perf_counter() - began, 1)})
     return folder
 
 
 def _finish(folder: Path, about: dict) -> None:
     """Write run.json and the report, clear away what only the kernel needed, and name the metrics last."""
     if not (folder / "result.json").exists():
-        raise NotebookError(f"{about['name']}: the notebook ended without handing in metrics; call metrics() of its recorder", folder / "run.ipynb")
+        message = f"{about['name']} ended without handing in metrics; its last step must call metrics() of the recorder"
+        raise NotebookError(message, folder / "run.ipynb")
     measured = json.loads((folder / "kernel.json").read_text(encoding="utf-8"))
     hardware = _hardware() | {"gpu": measured["gpu"]}
     write_json(folder / "run.json", about | {"hardware": hardware, "peak_memory_bytes": measured["peak_memory_bytes"]})
@@ -647,7 +665,7 @@ body:not(.code) .jp-MarkdownCell .jp-Cell-inputWrapper { display: block; }
 .jp-RenderedHTMLCommon table { max-width: 100%; }
 .jp-OutputArea-output { overflow-x: auto; }
 .jp-RenderedHTMLCommon pre.mermaid { background: none; text-align: center; }
-.run { font-family: sans-serif; font-size: .8rem; color: #666; display: flex; justify-content: space-between; gap: 1rem; }
+.run { font: .8rem sans-serif; color: #666; display: flex; justify-content: space-between; gap: 1rem; }
 </style>
 {{ resources.scripts }}
 {%- endblock -%}
@@ -694,7 +712,8 @@ def report(folder: Path) -> str:
     scripts = _MATHS + _script("mathjax/tex-svg.js") if "$" in text else ""
     if "```mermaid" in text:
         scripts += _script("mermaid/mermaid.min.js") + "<script>mermaid.initialize({startOnLoad: true});</script>"
-    line = f"{folder.name}, {about['started'][:16].replace('T', ' ')} UTC, {about['seconds']:.0f} s, commit {(about['commit'] or 'none')[:10]}"
+    line = f"{folder.name}, {about['started'][:16].replace('T', ' ')} UTC, {about['seconds']:.0f} s"
+    line += f", commit {about['commit'][:10]}" if about["commit"] else ""
     exporter = HTMLExporter(template_name="lab", raw_template=_PAGE, embed_images=True)
     return exporter.from_notebook_node(notebook, resources={"scripts": scripts, "line": line})[0]
 
@@ -724,7 +743,7 @@ def find_run(run: Path | str, root: Path | str | None = None) -> Path:
     there = _finished(str(run), root)
     if not there:
         names = sorted({folder.name.rpartition("-")[0] for folder in _finished(None, root)})
-        known = f"finished are runs of: {', '.join(names)}" if names else "none is finished there; make one with `ecomrec run NAME`"
+        known = f"there are runs of: {', '.join(names)}" if names else "there is none yet; make one with `ecomrec run`"
         raise RunError(f"no finished run {str(run)!r} in {runs_folder(root)}{_closest(str(run), names)}; {known}")
     return there[-1]
 
@@ -756,7 +775,9 @@ def _short(value: object) -> object:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
 
 # %% ../nbs/01_lab.ipynb #0000003b
-def leaderboard(name: str | None = None, metric: str | None = None, root: Path | str | None = None) -> dict[str, pd.DataFrame]:
+def leaderboard(
+    name: str | None = None, metric: str | None = None, root: Path | str | None = None
+) -> dict[str, pd.DataFrame]:
     """For each experiment the finished runs, the parameters in which they differ, and one metric of every system.
 
     Args:
@@ -768,21 +789,32 @@ def leaderboard(name: str | None = None, metric: str | None = None, root: Path |
     Raises:
         RunError: If no run has the metric.
     """
-    tables, seen = {}, set()
+    tables, seen = {}, []
     for experiment in dict.fromkeys(folder.name.rpartition("-")[0] for folder in _finished(name, root)):
-        records = [(folder.name, *_read(folder)) for folder in reversed(_finished(experiment, root))]
-        kinds = list(dict.fromkeys(key.partition("/")[2] for _, _, metrics in records for key in metrics))
-        seen.update(kinds)
-        chosen = metric or kinds[0]
+        records = {folder.name: _read(folder) for folder in reversed(_finished(experiment, root))}
+        kinds = list(dict.fromkeys(key.partition("/")[2] for _, metrics in records.values() for key in metrics))
+        chosen, seen = metric or kinds[0], [*seen, *kinds]
         if chosen in kinds:
-            parameters = pd.DataFrame([{key: _short(value) for key, value in about["parameters"].items()} for _, about, _ in records])
-            differ = [column for column in parameters if parameters[column].nunique(dropna=False) > 1]
-            numbers_ = [{k.partition("/")[0]: v for k, v in metrics.items() if k.partition("/")[2] == chosen} for *_, metrics in records]
-            table = pd.concat([parameters[differ], pd.DataFrame(numbers_)], axis=1)
-            tables[f"{experiment}: {chosen}"] = table.set_index(pd.Index([folder for folder, *_ in records], name="run"))
+            tables[f"{experiment}: {chosen}"] = _board(records, chosen)
     if metric and not tables:
-        raise RunError(f"no run has the metric {metric!r}{_closest(metric, sorted(seen))}; there are: {', '.join(sorted(seen)) or 'none'}")
+        known = ", ".join(dict.fromkeys(seen)) or "none"
+        raise RunError(f"no run has the metric {metric!r}{_closest(metric, seen)}; there are: {known}")
     return tables
+
+
+def _board(records: dict[str, tuple[dict, dict]], metric: str) -> pd.DataFrame:
+    """One experiment's runs with the parameters that differ and one metric, a column a system."""
+    parameters = [{key: _short(value) for key, value in about["parameters"].items()} for about, _ in records.values()]
+    parameters = pd.DataFrame(parameters, index=pd.Index(records, name="run"))
+    differ = [column for column in parameters if parameters[column].nunique(dropna=False) > 1]
+    scores = {run: _by_system(metrics, metric) for run, (_, metrics) in records.items()}
+    return pd.concat([parameters[differ], pd.DataFrame.from_dict(scores, orient="index")], axis=1).rename_axis("run")
+
+
+def _by_system(metrics: dict[str, float], metric: str) -> dict[str, float]:
+    """One metric's value by system."""
+    parts = {key: key.partition("/") for key in metrics}
+    return {system: metrics[key] for key, (system, _, kind) in parts.items() if kind == metric}
 
 # %% ../nbs/01_lab.ipynb #0000003e
 def _per_unit(folder: Path) -> tuple[str, pd.Series]:
@@ -807,29 +839,19 @@ def compare(run_a: Path | str, run_b: Path | str, root: Path | str | None = None
     Raises:
         RunError: If they have no query (or user), system and metric in common.
     """
-    from ecomrec.evaluate.compare import paired_test
-
     (unit, a), (other, b) = (_per_unit(find_run(run, root)) for run in (run_a, run_b))
-    both = pd.DataFrame({"a": a, "b": b}).dropna() if unit == other else pd.DataFrame()
+    both = a.to_frame("a").join(b.rename("b"), how="inner") if unit == other else pd.DataFrame()
     if both.empty:
-        raise RunError(f"{run_a} and {run_b} have no {unit}, system and metric in common; compare runs of one experiment on one source")
+        hint = "compare runs of one experiment on one source"
+        raise RunError(f"{run_a} and {run_b} have no {unit}, system and metric in common; {hint}")
     rows = {}
     for key, pairs in both.groupby(level=["system", "metric"], sort=False):
         test = paired_test(pairs["b"].to_numpy(), pairs["a"].to_numpy())
         rows[key] = {"n": len(pairs), "a": pairs["a"].mean(), "b": pairs["b"].mean(), "difference": test.difference}
         rows[key] |= {"low": test.low, "high": test.high, "p": test.p, "effect": test.effect}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["system", "metric"])
-    table.insert(7, "p_holm", _holm(table["p"].to_numpy()))
+    table.insert(7, "p_holm", holm(table["p"]))
     return table
-
-
-def _holm(p: np.ndarray) -> np.ndarray:
-    """Holm's correction of p-values for their number."""
-    order = np.argsort(p, kind="stable")
-    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    corrected = np.empty_like(raised)
-    corrected[order] = np.minimum(raised, 1)
-    return corrected
 
 # %% ../nbs/01_lab.ipynb #00000043
 def save_run(run: Path | str, root: Path | str | None = None, experiments: Path | str | None = None) -> Path:
@@ -849,3 +871,45 @@ def save_run(run: Path | str, root: Path | str | None = None, experiments: Path 
     write_json(target / f"{about['hash']}.run.json", about)
     write_json(target / f"{about['hash']}.metrics.json", metrics)
     return target
+
+# %% ../nbs/01_lab.ipynb #00000045
+def _with_spread(metrics: dict[str, float], key: str) -> str:
+    """A number with its interval, its spread over seeds, or neither, as text."""
+    text = f"{metrics[key]:.3f}"
+    if f"{key}_low" in metrics and f"{key}_high" in metrics:
+        return f"{text} [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}]"
+    return f"{text} ± {metrics[f'{key}_sd']:.3f}" if f"{key}_sd" in metrics else text
+
+
+def results_table(
+    name: str, metrics: list[str] | None = None, experiments: Path | str | None = None, **parameters: object
+) -> pd.DataFrame:
+    """The numbers of the latest saved run of an experiment, as the docs show them.
+
+    Args:
+        name: The experiment.
+        metrics: Columns, e.g. ["ndcg@10"]; the first metric of the run if left out.
+        experiments: Folder of the notebooks; the project's own if left out.
+        parameters: Only runs with these values, e.g. source="chorus".
+    Returns:
+        A row a system, a column a metric: the number with its interval, or ± its spread over seeds, as text.
+    Raises:
+        RunError: If no saved run fits, or it lacks a metric.
+    """
+    folder = (Path(experiments) if experiments else home() / "nbs" / "experiments") / "results" / name
+    saved = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.run.json")]
+    fits = [about for about in saved if about["parameters"] | parameters == about["parameters"]]
+    if not fits:
+        which = f"{name!r} with {parameters}" if parameters else repr(name)
+        raise RunError(f"no saved run of {which}; save one with `ecomrec runs --save {name}`")
+    latest = max(fits, key=lambda about: about["started"])
+    numbers = json.loads((folder / f"{latest['hash']}.metrics.json").read_text(encoding="utf-8"))
+    known = list(dict.fromkeys(key.partition("/")[2] for key in numbers))
+    columns = {}
+    for metric in metrics or known[:1]:
+        if metric not in known:
+            near = _closest(metric, known)
+            raise RunError(f"the saved run of {name!r} has no metric {metric!r}{near}; it has: {', '.join(known)}")
+        systems = _by_system(numbers, metric)
+        columns[metric] = {system: _with_spread(numbers, f"{system}/{metric}") for system in systems}
+    return pd.DataFrame(columns).fillna("").rename_axis("system")

@@ -1,6 +1,5 @@
 """Downloads against a server on loopback, foreign formats, and what can be wrong with a user's files."""
 
-import functools
 import hashlib
 import http.server
 import os
@@ -16,7 +15,7 @@ from ecomrec.data.tables import TableError
 FILES = {"a/products.parquet": b"one" * 1000, "b/second.bin": b"two" * 1000}
 
 
-class _Handler(http.server.SimpleHTTPRequestHandler):
+class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
         body = self.server.bodies.get(self.path.lstrip("/"))
@@ -35,11 +34,11 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("ECOMREC_DATA", str(tmp_path / "cache"))
     pins = {path: hashlib.sha256(body).hexdigest() for path, body in FILES.items()}
-    monkeypatch.setitem(sources.SOURCES, "toy", Source("a toy", "none", "nowhere", files=pins))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, directory=str(tmp_path))) as httpd:
+    monkeypatch.setitem(sources.SOURCES, "toy", Source("a toy", "none", "nowhere", "second.bin", files=pins))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as httpd:
         httpd.asked, httpd.bodies, httpd.broken = [], dict(FILES), set()
         httpd.base = f"http://127.0.0.1:{httpd.server_address[1]}/"
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
         yield httpd
         httpd.shutdown()
 
@@ -57,7 +56,7 @@ def test_files_are_fetched_once_and_a_warm_cache_asks_nobody(server, tmp_path):
 
 def test_a_changed_file_is_refused_and_not_kept(server, tmp_path):
     server.bodies["b/second.bin"] = b"something else"
-    with pytest.raises(SourceError, match="second.bin: the SHA-256 differs"):
+    with pytest.raises(SourceError, match="second.bin: its SHA-256 differs"):
         fetch("toy", server.base)
     assert _kept(tmp_path) == ["products.parquet"]
 
@@ -80,11 +79,18 @@ def test_a_missing_file_and_no_server_say_what_to_do(server, tmp_path):
     assert _kept(tmp_path) == []
 
 
-def test_a_damaged_cache_is_mended(server, tmp_path):
+def test_a_wrong_file_is_named_and_left_alone(server, tmp_path):
     paths = fetch("toy", server.base)
-    paths[0].write_bytes(b"damaged")
-    fetch("toy", server.base)
-    assert paths[0].read_bytes() == FILES["a/products.parquet"]
+    paths[0].write_bytes(b"somebody's own")
+    with pytest.raises(SourceError, match="products.parquet: its SHA-256 differs from the pinned .*; move it away"):
+        fetch("toy", server.base)
+    assert paths[0].read_bytes() == b"somebody's own" and len(server.asked) == 2
+
+
+def test_a_folder_that_cannot_be_written_says_so(server, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(SourceError, match="cannot be downloaded into"):
+        fetch("toy", server.base)
 
 
 def test_sets_without_pins_say_where_to_get_them(monkeypatch, tmp_path):
@@ -100,21 +106,72 @@ def test_the_esci_fixture_reads():
     assert len(tables.products) == len(tables.judgements) == 16 and set(tables.judgements["grade"]) <= {0, 1, 2, 3}
 
 
-def test_the_full_esci_and_wands_are_recognised_by_their_files(tmp_path):
-    esci, wands = tmp_path / "esci", tmp_path / "wands"
-    esci.mkdir(), wands.mkdir()
-    pd.DataFrame({"product_id": ["B1", "B1"], "product_locale": ["us", "jp"], "product_title": ["Shoe", "靴"], "product_description": [None, None],
-                  "product_bullet_point": ["light", None], "product_brand": ["x", "y"]}).to_parquet(esci / "shopping_queries_dataset_products.parquet")
-    pd.DataFrame({"query_id": [1, 2], "query": ["shoe", "靴"], "product_id": ["B1", "B1"], "product_locale": ["us", "jp"],
-                  "esci_label": ["E", "S"]}).to_parquet(esci / "shopping_queries_dataset_examples.parquet")
-    (wands / "product.csv").write_text("product_id\tproduct_name\tproduct_description\tcategory hierarchy\tproduct_features\trating_count\taverage_rating\n7\tSofa\tsoft\tHome / Sofas\tcolour:red\t3\t4.5\n")
-    (wands / "query.csv").write_text("query_id\tquery\tquery_class\n0\tNA sofa\tSofas\n")
-    (wands / "label.csv").write_text("id\tquery_id\tproduct_id\tlabel\n0\t0\t7\tPartial\n")
-    read = load(str(esci), stage="clean")
+def _esci(folder, letter="S"):
+    folder.mkdir(exist_ok=True)
+    pd.DataFrame({
+        "product_id": ["B1", "B1"], "product_locale": ["us", "jp"], "product_title": ["Shoe", "靴"],
+        "product_description": [None, None], "product_bullet_point": ["light", None], "product_brand": ["x", "y"],
+    }).to_parquet(folder / "shopping_queries_dataset_products.parquet")
+    pd.DataFrame({
+        "query_id": [1, 2], "query": ["shoe", "靴"], "product_id": ["B1", "B1"], "product_locale": ["us", "jp"],
+        "esci_label": ["E", letter],
+    }).to_parquet(folder / "shopping_queries_dataset_examples.parquet")
+
+
+def _wands(folder, label="Partial"):
+    folder.mkdir(exist_ok=True)
+    head = ["product_id", "product_name", "product_description", "category hierarchy", "product_features", "rating_count", "average_rating"]
+    row = ["7", "Sofa", "soft", "Home / Sofas", "colour:red", "3", "4.5"]
+    (folder / "product.csv").write_text("\t".join(head) + "\n" + "\t".join(row) + "\n")
+    (folder / "query.csv").write_text("query_id\tquery\tquery_class\n0\tNA sofa\tSofas\n")
+    (folder / "label.csv").write_text(f"id\tquery_id\tproduct_id\tlabel\n0\t0\t7\t{label}\n")
+
+
+def test_the_full_esci_is_recognised_by_its_files(tmp_path):
+    _esci(tmp_path / "esci")
+    read = load(str(tmp_path / "esci"), stage="clean")
     assert read.products["item_id"].tolist() == ["us:B1", "jp:B1"] and read.judgements["grade"].tolist() == [3, 2]
     assert read.products["description"].tolist()[0] == "light"
-    read = load(str(wands), stage="clean")
-    assert read.judgements["grade"].tolist() == [1] and read.products["category"].tolist() == ["Home > Sofas"]
+    _esci(tmp_path / "esci", letter="X")
+    with pytest.raises(TableError, match="examples.parquet: table judgements, column grade, row 1: grade X is not in"):
+        load(str(tmp_path / "esci"))
+
+
+def test_wands_is_recognised_by_its_files(tmp_path):
+    _wands(tmp_path / "wands")
+    read = load(str(tmp_path / "wands"), stage="clean")
+    assert read.judgements[["query", "grade"]].to_numpy().tolist() == [["NA sofa", 1]]
+    assert read.products["category"].tolist() == ["Home > Sofas"] and read.products["n_ratings"].tolist() == [3]
+    _wands(tmp_path / "wands", label="Perhaps")
+    with pytest.raises(TableError, match="label.csv: table judgements, column grade, row 0: grade Perhaps is not in"):
+        load(str(tmp_path / "wands"))
+
+
+def test_a_known_set_in_the_users_cache_needs_no_name_of_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECOMREC_DATA", str(tmp_path))
+    assert not sources.is_available("wands")
+    _wands(tmp_path / "wands")
+    assert sources.is_available("wands") and len(load("wands").products) == 1
+
+
+def test_chorus_reads_as_its_makers_describe_it(real_data):
+    tables = load("chorus", stage="clean")
+    assert len(tables.products) == 19_406 and tables.judgements["query_id"].nunique() == 135
+    assert tables.judgements["grade"].value_counts().sort_index().tolist() == [1853, 238, 105, 1472]
+    assert tables.products["price"].dropna().between(0.01, 100_000).all() and tables.products["listed_ts"].notna().any()
+    assert len(sources.raters().dropna()) == 3_188 and len(tables.files) == 6
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: (f / "shopping_queries_dataset_products.parquet").unlink(),
+    lambda f: (f / "shopping_queries_dataset_products.parquet").write_bytes(b"PAR1"),
+    lambda f: pd.DataFrame({"product_id": ["a"]}).to_parquet(f / "shopping_queries_dataset_products.parquet"),
+])
+def test_damaged_folders_are_named(tmp_path, damage):
+    _esci(tmp_path / "esci")
+    damage(tmp_path / "esci")
+    with pytest.raises(SourceError, match="esci: "):
+        load(str(tmp_path / "esci"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet", ".jsonl"])
@@ -122,8 +179,10 @@ def test_every_format_gives_the_same_table(tmp_path, suffix):
     frame = pd.DataFrame({"sku": ["NA", "2"], "name": ["跑步鞋", "null"]})
     path = tmp_path / f"products{suffix}"
     {".csv": lambda: frame.to_csv(path, index=False), ".tsv": lambda: frame.to_csv(path, sep="\t", index=False),
-     ".parquet": lambda: frame.to_parquet(path), ".jsonl": lambda: frame.to_json(path, orient="records", lines=True)}[suffix]()
-    read = load("files", products=path, columns={"products": {"item_id": "sku", "title": "name"}}, stage="clean").products
+     ".parquet": lambda: frame.to_parquet(path),
+     ".jsonl": lambda: frame.to_json(path, orient="records", lines=True)}[suffix]()
+    names = {"products": {"item_id": "sku", "title": "name"}}
+    read = load("files", products=path, columns=names, stage="clean").products
     assert read["item_id"].tolist() == ["NA", "2"] and read["title"].tolist() == ["跑步鞋", "null"]
 
 
@@ -136,6 +195,51 @@ def test_a_wrong_products_file_is_named(tmp_path, content, message):
     with pytest.raises((SourceError, TableError), match=message) as caught:
         load("files", products=path, columns={"products": {"item_id": "sku", "title": "name"}}, stage="clean")
     assert "p.csv" in str(caught.value)
+
+
+def _own(tmp_path, judged, **options):
+    (tmp_path / "p.csv").write_text("item_id,title\n007,Shoe\n7,Sock\n")
+    (tmp_path / "j.csv").write_text(judged)
+    return load("files", products=tmp_path / "p.csv", judgements=tmp_path / "j.csv", **options)
+
+
+@pytest.mark.parametrize("judged, options, message", [
+    ("query,item_id,grade\nq,007,4\nq,7,5\n", {"grades": {4: 1}}, "column grade, row 1: grade 5 is not in grades"),
+    ("query,item_id,grade\nq,007,1\nq,8,1\n", {}, "column item_id, row 1: product '8' is not in the catalogue"),
+    ("query,item_id,grade\nq,007,1\nq,007,2\n", {}, "row 1: .* stands more than once"),
+    ("query,item_id,grade\nq,007,good\n", {}, "column grade, row 0: 'good' is not of kind integer"),
+    ("query,item_id,grade\nq,007,-1\n", {}, "column grade, row 0"),
+    ("query,item_id\nq,007\n", {}, "column grade: the column is missing; found query, item_id"),
+    ("query,item_id,grade\nq,007,1\n", {"columns": {"judgements": {"titel": "query"}}}, "columns names 'titel'; known are"),
+])
+def test_wrong_judgements_are_named_with_file_row_and_column(tmp_path, judged, options, message):
+    with pytest.raises(TableError, match=message) as caught:
+        _own(tmp_path, judged, **options)
+    assert caught.value.where.endswith("j.csv") and caught.value.table == "judgements"
+
+
+def test_ids_stay_what_they_are(tmp_path):
+    assert _own(tmp_path, "query,item_id,grade\nq,007,1\nq,7,0\n").judgements["item_id"].tolist() == ["007", "7"]
+
+
+@pytest.mark.parametrize("ours", ["good", -1, 1.5, None])
+def test_grades_that_are_none_are_refused(tmp_path, ours):
+    with pytest.raises(SourceError, match="is no grade"):
+        _own(tmp_path, "query,item_id,grade\nq,007,1\n", grades={1: ours})
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_times_of_a_log_may_be_datetimes(tmp_path, suffix):
+    log = pd.DataFrame({"id": ["a", "b"], "at": pd.to_datetime(["2026-01-01T00:00:00.5Z", "2026-01-02T00:00:00Z"], format="ISO8601"),
+                        "visit": ["s", "s"], "what": ["search", "click"], "sku": [None, 7.0]})
+    path = tmp_path / f"log{suffix}"
+    {".csv": lambda: log.to_csv(path, index=False), ".parquet": lambda: log.to_parquet(path),
+     ".jsonl": lambda: log.to_json(path, orient="records", lines=True, date_format="iso")}[suffix]()
+    (tmp_path / "p.csv").write_text("item_id,title\n7,Sock\n")
+    names = {"events": {"event_id": "id", "ts": "at", "session_id": "visit", "kind": "what", "item_id": "sku"}}
+    read = load("files", products=tmp_path / "p.csv", events=path, columns=names, stage="clean").events
+    assert read["ts"].tolist() == [1_767_225_600_500, 1_767_312_000_000]
+    assert suffix == ".csv" or read["item_id"].tolist()[1] == "7"
 
 
 def test_unknown_formats_tables_and_folders_are_named(tmp_path):

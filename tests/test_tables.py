@@ -49,7 +49,7 @@ def test_events_with_impossible_values_are_named(column, value):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_duplicate_keys_pass_raw_and_fail_clean(table):
-    row = {name: {"text": "x", "integer": 1, "number": 1.0, "flag": True, "ts": EVENT["ts"]}[column.kind] for name, column in CONTRACTS[table].items()}
+    row = {name: {"text": "x", "integer": 1, "time": EVENT["ts"], "number": 1.0, "flag": True, "ts": EVENT["ts"]}[column.kind] for name, column in CONTRACTS[table].items()}
     row |= {"kind": "click", "surface": "search"} if table == "events" else {}
     frame = pd.DataFrame([row, row])
     assert len(check(table, frame, "raw")) == 2

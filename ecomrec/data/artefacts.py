@@ -93,15 +93,18 @@ def verify(folder: Path | str) -> dict[str, str]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{folder}: no readable {MANIFEST}, so this is not a complete saved folder; save it again") from error
+        message = f"{folder}: no readable {MANIFEST}, so this is not a complete saved folder; save it again"
+        raise ArtefactError(message) from error
     if not isinstance(manifest, dict):
         raise ArtefactError(f"{folder / MANIFEST}: must map file names to SHA-256; save the folder again")
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     if there != set(manifest):
-        raise ArtefactError(f"{folder}: missing {sorted(set(manifest) - there)}, foreign {sorted(there - set(manifest))}; save it again")
+        missing, foreign = sorted(set(manifest) - there), sorted(there - set(manifest))
+        raise ArtefactError(f"{folder}: missing {missing}, foreign {foreign}; save it again")
     for name, expected in manifest.items():
         if sha256(folder / name) != expected:
-            raise ArtefactError(f"{folder / name}: its checksum differs from the manifest; the file was changed or damaged, save it again")
+            damage = "its checksum differs from the manifest; the file was changed or damaged"
+            raise ArtefactError(f"{folder / name}: {damage}, save it again")
     return manifest
 
 # %% ../../nbs/data/02_artefacts.ipynb #00000013

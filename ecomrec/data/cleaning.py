@@ -84,16 +84,28 @@ def _blank(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) 
     return frame.assign(**{column: frame[column].mask(bad[column]) for column in rule.columns})
 
 # %% ../../nbs/data/06_cleaning.ipynb #00000015
-NORMALISERS: dict[str, Callable[[str], str]] = {
-    "text": lambda text: " ".join(unicodedata.normalize("NFKC", text).split()),
-    "lower": lambda text: " ".join(unicodedata.normalize("NFKC", text).casefold().split()),
+def _tidy(text: str) -> str:
+    """One code point for one letter, single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _usual_spelling(values: pd.Series) -> pd.Series:
+    """Of the spellings that differ only in case, the most frequent one (of equals, the first in the alphabet)."""
+    tidy = values.map(_tidy, na_action="ignore")
+    usual = tidy.groupby(tidy.str.casefold()).agg(lambda spellings: spellings.mode().iloc[0])
+    return tidy.str.casefold().map(usual)
+
+
+NORMALISERS: dict[str, Callable[[pd.Series], pd.Series]] = {
+    "text": lambda values: values.map(_tidy, na_action="ignore"),
+    "name": _usual_spelling,
 }
 
 
 def _normalise(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) -> pd.DataFrame:
     """Write the text of the rule's columns in one way; nulls stay null."""
     write = NORMALISERS[rule.options["how"]]
-    return frame.assign(**{column: frame[column].map(write, na_action="ignore") for column in rule.columns})
+    return frame.assign(**{column: write(frame[column]) for column in rule.columns})
 
 
 def _fill(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) -> pd.DataFrame:
@@ -110,7 +122,7 @@ def _fill(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) -
 ACTIONS = {"dedupe": _dedupe, "drop": _drop, "blank": _blank, "normalise": _normalise, "fill": _fill}
 
 # %% ../../nbs/data/06_cleaning.ipynb #0000001a
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Audit:
     """What a plan did, a line a rule: rule, why, rows_in, rows_out, cells_changed, examples."""
 
@@ -123,7 +135,7 @@ class Audit:
     def _repr_html_(self) -> str:
         return self.table().to_html(index=False)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.table().drop(columns=["why", "examples"]).to_string(index=False)
 
 
@@ -147,7 +159,8 @@ def _difference(rule: Rule, before: pd.DataFrame, after: pd.DataFrame) -> dict:
 _YEAR = 365 * 86_400_000  # milliseconds
 _COPY = ("ts", "user_id", "session_id", "request_id", "kind", "query", "item_id", "position")
 PLAN: tuple[Rule, ...] = (
-    Rule("normalise", "products", ("title", "brand"), "one spelling of one thing", {"how": "text"}),
+    Rule("normalise", "products", ("title",), "one spelling of one thing", {"how": "text"}),
+    Rule("normalise", "products", ("brand",), "NORRUN and Norrun are one brand", {"how": "name"}),
     Rule("normalise", "events", ("query",), "one spelling of one thing", {"how": "text"}),
     Rule("dedupe", "products", ("item_id",), "listed twice"),
     Rule("dedupe", "users", ("user_id",), "registered twice"),

@@ -10,7 +10,7 @@ import numpy as np
 
 # %% ../../nbs/data/03_pages.ipynb #0000000e
 def _check_scores(scores: np.ndarray, k: int, temperature: float) -> np.ndarray:
-    """Scores as a float array (requests, candidates), in units of the temperature; complain about what cannot be drawn from."""
+    """Scores in units of the temperature, (requests, candidates); complain about what cannot be drawn from."""
     scores = np.asarray(scores, dtype=float)
     if scores.ndim != 2:
         raise ValueError(f"scores must be (requests, candidates), not of shape {scores.shape}")
@@ -51,14 +51,14 @@ def plackett_luce(scores: np.ndarray, k: int, rng: np.random.Generator, temperat
 
 # %% ../../nbs/data/03_pages.ipynb #00000016
 def _add_coin(counts: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Distribution of a count after one more coin: counts (j, ...) is P(count = j), p (...) the coin's chance of heads."""
+    """Distribution of a count after one more coin: counts (j, ...) is P(count = j), p (...) the chance of heads."""
     after = counts * (1 - p)
     after[1:] += counts[:-1] * p
     return after
 
 # %% ../../nbs/data/03_pages.ipynb #00000019
 def _moments(rates: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """Moments t and their quadrature weights dt for clocks of these rates (requests, candidates): both (requests, nodes).
+    """Moments t and quadrature weights dt, both (requests, nodes), for clocks of these rates (requests, candidates).
 
     Source: Takahasi & Mori (1974), double exponential formulas for numerical integration.
     """
@@ -70,7 +70,7 @@ def _moments(rates: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/data/03_pages.ipynb #0000001c
 def _propensities(rates: np.ndarray, pages: np.ndarray, step: float) -> np.ndarray:
-    """Propensities of a handful of requests, rates (requests, candidates) and pages (requests, k): small arrays stay in the cache."""
+    """Propensities of a handful of requests (small arrays stay in the cache); pages are (requests, k)."""
     requests, k = pages.shape
     t, dt = _moments(rates, step)
     hidden = np.ones(rates.shape, dtype=bool)
@@ -95,8 +95,8 @@ def _propensities(rates: np.ndarray, pages: np.ndarray, step: float) -> np.ndarr
 def page_propensities(scores: np.ndarray, pages: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Exact probability that each shown item stands where it stands, under the Plackett-Luce policy of these scores.
 
-    This is the marginal probability over all pages that the policy could have drawn, not the probability given the items
-    above: only with the marginal one is a click weighted by 1/propensity unbiased.
+    This is the marginal probability over all pages that the policy could have drawn, not the one given the items above:
+    only with the marginal one is a click weighted by 1/propensity unbiased.
 
     Args:
         scores: As given to `plackett_luce`, (requests, candidates); `-inf` marks one that was not offered.
@@ -106,7 +106,7 @@ def page_propensities(scores: np.ndarray, pages: np.ndarray, temperature: float 
         P(candidate pages[r, i] stands at place i), (requests, k), to about 12 digits.
     Raises:
         ValueError: If a page holds an item twice or one that was not offered, or scores span over 500 temperatures.
-    Source: Exponential clocks, derived in the notebook above; a Poisson-binomial count under a double exponential quadrature.
+    Source: Exponential clocks, derived in the notebook; a Poisson-binomial count under double exponential quadrature.
     """
     pages = np.asarray(pages)
     if pages.ndim != 2 or len(pages) != len(scores):

@@ -33,7 +33,29 @@ def _rng(seed: int, part: str) -> np.random.Generator:
     """A stream of randomness of its own for each part of the shop."""
     return np.random.default_rng([seed, zlib.crc32(part.encode())])
 
-# %% ../../nbs/data/04_simulator.ipynb #00000006
+
+def _pick(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
+    """One index per row, drawn in proportion to the row's weights (rows, choices)."""
+    edges = np.cumsum(weights, axis=1)
+    return (rng.random((len(edges), 1)) * edges[:, -1:] >= edges).sum(1)
+
+
+def _ids(prefix: str, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Shuffled ids, so that no order says which things belong together."""
+    return np.array([f"{prefix}{number:06d}" for number in rng.permutation(n)], dtype=object)
+
+
+def _hash_ids(prefix: str, *columns) -> np.ndarray:
+    """Ids that depend on what a row says and not on where it stands; each column is hashed once per distinct value."""
+    state = np.uint64(0)
+    for column in columns:
+        codes, values = pd.factorize(np.asarray(column, dtype=object), use_na_sentinel=False)
+        digests = [hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in values]
+        state = (state ^ np.frombuffer(b"".join(digests), dtype="<u8")[codes]) * np.uint64(0x9E3779B97F4A7C15)
+        state ^= state >> np.uint64(29)
+    return np.array([f"{prefix}{value:016x}" for value in state.tolist()], dtype=object)
+
+
 @dataclass(frozen=True)
 class Settings:
     """The shop's laws. Frozen with the released data: models are fitted to them, never the other way round.
@@ -60,24 +82,13 @@ class Settings:
     satiation: float = 0.25  # chance to buy once more from the same page
     temperature: float = 1.0  # of the old policy
 
-# %% ../../nbs/data/04_simulator.ipynb #00000008
+# %% ../../nbs/data/04_simulator.ipynb #00000007
 @cache
 def _words() -> dict:
     """Categories, brands and attribute values of the shop, from the package's words.json."""
     return json.loads((files("ecomrec.data") / "words.json").read_text(encoding="utf-8"))
 
-# %% ../../nbs/data/04_simulator.ipynb #0000000b
-def _pick(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
-    """One index per row, drawn in proportion to the row's weights (rows, choices)."""
-    edges = np.cumsum(weights, axis=1)
-    return (rng.random((len(edges), 1)) * edges[:, -1:] >= edges).sum(1)
-
-
-def _ids(prefix: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Shuffled ids, so that no order says which things belong together."""
-    return np.array([f"{prefix}{number:06d}" for number in rng.permutation(n)], dtype=object)
-
-# %% ../../nbs/data/04_simulator.ipynb #0000000c
+# %% ../../nbs/data/04_simulator.ipynb #0000000a
 def _draw_parents(n_items: int, seed: int) -> pd.DataFrame:
     """What the variants of a product share, one row per item, codes instead of names."""
     rng, words = _rng(seed, "parents"), _words()
@@ -90,6 +101,7 @@ def _draw_parents(n_items: int, seed: int) -> pd.DataFrame:
     brand = _pick(rng, sells * (0.3 + np.array([b["fame"] for b in words["brands"]])))
     known = pd.DataFrame(words["brands"])[["price", "quality", "fame"]].to_numpy()[brand]
     brand_style = _rng(seed, "brands").normal(size=(len(words["brands"]), 4))
+    margin = _rng(seed, "margins").normal(size=len(words["brands"]))
     rows = pd.DataFrame({
         "parent_id": _ids("p", n, rng), "category": category, "brand": brand,
         "language": np.where(rng.random(n) < 0.45, "zh", "en"),
@@ -98,9 +110,9 @@ def _draw_parents(n_items: int, seed: int) -> pd.DataFrame:
         "gender": _pick(rng, np.tile([0.45, 0.45, 0.1], (n, 1))),
         "level": 0.5 * known[:, 0] + rng.normal(0, 0.25, n),
         "fame": known[:, 2] + rng.normal(0, 0.6, n),
-        "promotion": (0.8 * _rng(seed, "margins").normal(size=len(words["brands"]))[brand] + (rng.random(n) < 0.1)).round(6),
+        "promotion": (0.8 * margin[brand] + (rng.random(n) < 0.1)).round(6),
         "noun": rng.integers(0, 60, n), "about": rng.integers(0, 60, n), "template": rng.integers(0, 3, n),
-        "age": np.where(rng.random(n) < 0.04, -rng.random(n) * 25 * DAY, rng.exponential(400 * DAY, n)).round().astype("int64"),
+        "age": np.where(rng.random(n) < 0.04, -25 * rng.random(n), rng.exponential(400, n)),  # days; < 0: to come
     })
     return rows.iloc[parent].reset_index(drop=True)
 
@@ -112,7 +124,7 @@ def _brand_sells() -> np.ndarray:
     tops = [category["path"].split(" > ")[0] for category in words["categories"]]
     return np.array([[float(top in brand["departments"]) for top in tops] for brand in words["brands"]])
 
-# %% ../../nbs/data/04_simulator.ipynb #0000000f
+# %% ../../nbs/data/04_simulator.ipynb #0000000b
 def _draw_attributes(rows: pd.DataFrame, seed: int) -> list[dict]:
     """Attributes of each item as {name: value entry of words.json}; variants differ in colour and size."""
     rng, words = _rng(seed, "attributes"), _words()
@@ -130,7 +142,7 @@ def _draw_attributes(rows: pd.DataFrame, seed: int) -> list[dict]:
         out.append(values)
     return out
 
-# %% ../../nbs/data/04_simulator.ipynb #00000010
+
 def _write_texts(rows: pd.DataFrame, attributes: list[dict]) -> tuple[list[str], list[str]]:
     """Title and description of each item in its language, with one of the sellers' nouns."""
     words, titles, descriptions = _words(), [], []
@@ -150,7 +162,7 @@ def _write_texts(rows: pd.DataFrame, attributes: list[dict]) -> tuple[list[str],
         descriptions.append(re.sub(r"(^|\. )([a-z])", lambda start: start[0].upper(), text))
     return titles, descriptions
 
-# %% ../../nbs/data/04_simulator.ipynb #00000013
+# %% ../../nbs/data/04_simulator.ipynb #0000000c
 def _draw_items(n_items: int, seed: int) -> pd.DataFrame:
     """The whole truth about the items, one row each, clean: what the catalogue says and what it does not."""
     rng, words = _rng(seed, "items"), _words()
@@ -168,15 +180,17 @@ def _draw_items(n_items: int, seed: int) -> pd.DataFrame:
     stars = (4 + 0.6 * rows["quality"] + 0.6 * noise).clip(1, 5).round(1)
     rows["rating"] = stars.where(rows["n_ratings"] > 0)
     rows["in_stock"] = rng.random(n_items) > 0.04
-    rows["listed_ts"] = START - rows["age"]
-    rows["snapshot_ts"] = rows["listed_ts"].clip(lower=START - 3_600_000)  # read before the first request, or at the launch
+    rows["listed_ts"] = START - (rows["age"] * DAY).astype("int64")
+    rows["snapshot_ts"] = rows["listed_ts"].clip(lower=START - 3_600_000)  # before the log, or at the launch
     rows.insert(0, "item_id", _ids("i", n_items, rng))
     drop = ["noun", "about", "template", "age", "fame"]
     return rows.drop(columns=drop).sort_values("item_id", ignore_index=True)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000016
-REGIONS = {"CN": (0.42, 0.96, -0.15), "SG": (0.08, 0.5, 0.15), "GB": (0.17, 0.03, 0.0), "US": (0.2, 0.08, 0.1), "DE": (0.13, 0.02, 0.05)}
-# region: share of the users, share that asks in Chinese, budget (log, relative to the typical price)
+# %% ../../nbs/data/04_simulator.ipynb #0000000f
+REGIONS = {  # share of the users, share that asks in Chinese, budget (log, relative to the typical price)
+    "CN": (0.42, 0.96, -0.15), "SG": (0.08, 0.5, 0.15), "GB": (0.17, 0.03, 0.0),
+    "US": (0.2, 0.08, 0.1), "DE": (0.13, 0.02, 0.05),
+}
 
 
 def _draw_users(n_users: int, seed: int) -> pd.DataFrame:
@@ -203,7 +217,7 @@ def _draw_users(n_users: int, seed: int) -> pd.DataFrame:
     users.insert(0, "user_id", _ids("u", n_users, rng))
     return users.sort_values("user_id", ignore_index=True)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000019
+# %% ../../nbs/data/04_simulator.ipynb #00000012
 def _phrase(language: str, category: dict, need: dict, ask: int, rng: np.random.Generator) -> str:
     """The need in a shopper's words; need maps gender, brand and attributes to entries of words.json."""
     noun = category[language]["asks"][ask % len(category[language]["asks"])]
@@ -220,9 +234,10 @@ def _phrase(language: str, category: dict, need: dict, ask: int, rng: np.random.
 def _typo(text: str, rng: np.random.Generator) -> str:
     """The same text with two neighbours swapped or one letter lost."""
     at = int(rng.integers(1, max(2, len(text) - 1)))
-    return text[: at - 1] + text[at : at + 1] + text[at - 1] + text[at + 1 :] if rng.random() < 0.5 else text[:at] + text[at + 1 :]
+    swapped = text[: at - 1] + text[at] + text[at - 1] + text[at + 1 :]
+    return swapped if rng.random() < 0.5 else text[:at] + text[at + 1 :]
 
-# %% ../../nbs/data/04_simulator.ipynb #0000001a
+# %% ../../nbs/data/04_simulator.ipynb #00000013
 def _draw_need(category: dict, code: int, language: str, rng: np.random.Generator) -> tuple[dict, dict]:
     """A need of this category: entries of words.json for the phrase, and the same as plain values for the truth."""
     words, entries = _words(), {}
@@ -246,8 +261,8 @@ def _draw_queries(seed: int, per_category: int = 12) -> pd.DataFrame:
     for code, category in enumerate(_words()["categories"]):
         for language in ("en", "zh"):
             for ask, text in enumerate(category[language]["asks"]):
-                rows.append({"query": text.lower(), "popularity": 6 / (1 + ask), "typo": False, "category": code, "brand": None,
-                             "attributes": "{}", "language": language})
+                plain = {"category": code, "brand": None, "attributes": "{}", "language": language}
+                rows.append({"query": text.lower(), "popularity": 6 / (1 + ask), "typo": False, **plain})
             for _ in range(per_category):
                 entries, need = _draw_need(category, code, language, rng)
                 text = _phrase(language, category, entries, int(rng.integers(4)), rng)
@@ -258,10 +273,10 @@ def _draw_queries(seed: int, per_category: int = 12) -> pd.DataFrame:
     queries["popularity"] = queries["popularity"].round(6)
     known = rng.random(len(queries)) < np.where(queries["typo"], 0.1, 0.6)
     queries["guess"] = queries["category"].where(known).astype("Int64")  # the old shop's own list of synonyms
-    queries.insert(0, "query_id", ["q" + hashlib.blake2b(text.encode(), digest_size=5).hexdigest() for text in queries["query"]])
+    queries.insert(0, "query_id", _hash_ids("q", queries["query"]))
     return queries.sort_values("query_id", ignore_index=True)
 
-# %% ../../nbs/data/04_simulator.ipynb #0000001d
+# %% ../../nbs/data/04_simulator.ipynb #00000016
 @cache
 def _kinship() -> np.ndarray:
     """How much an item of one category serves a need of another, (categories, categories)."""
@@ -291,14 +306,16 @@ def _fit(have: np.ndarray, asked: str) -> np.ndarray:
     """1 where the item has the asked value, 0.8 where it suits all, 0.3 where it says nothing, else 0."""
     return np.select([have == asked, have == "unisex", pd.isna(have)], [1.0, 0.8, 0.3], 0.0)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000020
+# %% ../../nbs/data/04_simulator.ipynb #00000019
 def _tail(utility: np.ndarray) -> np.ndarray:
     """Distribution function of Student's t with 3 degrees of freedom: like a logistic one, with heavier tails."""
     x = utility / np.sqrt(3)
     return 0.5 + (x / (1 + x * x) + np.arctan(x)) / np.pi
 
-# %% ../../nbs/data/04_simulator.ipynb #00000022
-def _pleasure(settings: Settings, users: pd.DataFrame, items: pd.DataFrame, taste: dict, who: np.ndarray, what: np.ndarray) -> np.ndarray:
+# %% ../../nbs/data/04_simulator.ipynb #0000001b
+def _pleasure(
+    settings: Settings, users: pd.DataFrame, items: pd.DataFrame, taste: dict, who: np.ndarray, what: np.ndarray
+) -> np.ndarray:
     """What makes a fitting item better or worse for this shopper; who and what are row numbers that broadcast."""
     def of_user(name):
         return users[name].to_numpy()[who]
@@ -323,7 +340,7 @@ def _pleasure(settings: Settings, users: pd.DataFrame, items: pd.DataFrame, tast
     )
 
 
-def _tastes(users: pd.DataFrame, items: pd.DataFrame, seed: int) -> dict:
+def _taste_tables(users: pd.DataFrame, items: pd.DataFrame, seed: int) -> dict:
     """Tables that the utility looks up: taste for brands and styles, (users, ...), and genders as -1, 0, 1."""
     factors = _rng(seed, "brand factors").normal(size=(3, len(_words()["brands"]))) / np.sqrt(3)
     gender = np.array([json.loads(text).get("gender") for text in items["attributes"]], dtype=object)
@@ -334,10 +351,11 @@ def _tastes(users: pd.DataFrame, items: pd.DataFrame, seed: int) -> dict:
         "item_gender": np.select([gender == "women", gender == "men"], [1, -1], 0),
     }
 
-# %% ../../nbs/data/04_simulator.ipynb #00000024
+# %% ../../nbs/data/04_simulator.ipynb #0000001d
 def _tokens(text: str) -> list[str]:
     """English words without plural s, and pairs of neighbouring Chinese characters."""
-    words = [word[:-1] if word.endswith("s") and len(word) > 3 else word for word in re.findall(r"[a-z0-9]+", text.lower().replace("'s", ""))]
+    words = re.findall(r"[a-z0-9]+", text.lower().replace("'s", ""))
+    words = [word[:-1] if word.endswith("s") and len(word) > 3 else word for word in words]
     runs = re.findall(r"[\u4e00-\u9fff]+", text)
     return words + [run[i : i + 2] for run in runs for i in range(max(1, len(run) - 1))]
 
@@ -351,7 +369,7 @@ def _overlap(texts: list[str], titles: list[str]) -> np.ndarray:
     found = (of_texts.multiply(rarity) @ of_titles.T).toarray()
     return found / np.maximum(found.max(1, keepdims=True), 1e-9)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000027
+# %% ../../nbs/data/04_simulator.ipynb #00000020
 def _examine_position(wants: np.ndarray, settings: Settings, rng: np.random.Generator) -> np.ndarray:
     """Position-based model: place k is looked at with probability k ** -eta, whatever stands there."""
     chance = np.arange(1, wants.shape[1] + 1.0) ** -settings.eta
@@ -360,15 +378,17 @@ def _examine_position(wants: np.ndarray, settings: Settings, rng: np.random.Gene
 
 EXAMINATION = {"position": _examine_position}
 
-# %% ../../nbs/data/04_simulator.ipynb #00000029
+
 def _surprises(nests: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Uniform numbers (requests, k) that are correlated where a row's nests are equal; each alone is exactly uniform."""
+    """Uniform numbers (requests, k), correlated where a row's nests are equal; each alone is exactly uniform."""
     common = np.take_along_axis(rng.normal(size=(len(nests), nests.max() + 1)), nests, axis=1)
     z = np.sqrt(share) * common + np.sqrt(1 - share) * rng.normal(size=nests.shape)
     return ndtr(z)
 
-# %% ../../nbs/data/04_simulator.ipynb #0000002b
-def _behave(chance: np.ndarray, nests: np.ndarray, buyable: np.ndarray, settings: Settings, rng: np.random.Generator) -> dict:
+# %% ../../nbs/data/04_simulator.ipynb #00000022
+def _behave(
+    chance: np.ndarray, nests: np.ndarray, buyable: np.ndarray, settings: Settings, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     """What happens on each place of each page, boolean arrays (requests, k).
 
     Args:
@@ -386,18 +406,7 @@ def _behave(chance: np.ndarray, nests: np.ndarray, buyable: np.ndarray, settings
     purchase &= ~again | (rng.random(chance.shape) < settings.satiation)
     return {"click": clicked, "cart": cart, "purchase": purchase}
 
-# %% ../../nbs/data/04_simulator.ipynb #0000002d
-def _hash_ids(prefix: str, *columns) -> np.ndarray:
-    """Ids that depend on what a row says and not on where it stands; each column is hashed once per distinct value."""
-    state = np.uint64(0)
-    for column in columns:
-        codes, values = pd.factorize(np.asarray(column, dtype=object), use_na_sentinel=False)
-        digests = [hashlib.blake2b(str(value).encode(), digest_size=8).digest() for value in values]
-        state = (state ^ np.frombuffer(b"".join(digests), dtype="<u8")[codes]) * np.uint64(0x9E3779B97F4A7C15)
-        state ^= state >> np.uint64(29)
-    return np.array([f"{prefix}{value:016x}" for value in state.tolist()], dtype=object)
-
-
+# %% ../../nbs/data/04_simulator.ipynb #00000024
 def _draw_requests(users: pd.DataFrame, queries: pd.DataFrame, n: int, seed: int, day: int, world: int) -> pd.DataFrame:
     """n search requests of one day; see Truth.requests."""
     rng = np.random.default_rng([world, seed, day, zlib.crc32(b"requests")])
@@ -421,12 +430,15 @@ def _draw_requests(users: pd.DataFrame, queries: pd.DataFrame, n: int, seed: int
     frame.insert(0, "request_id", _hash_ids("r", session_id, np.arange(n)))
     return frame.sort_values(["ts", "request_id"], ignore_index=True)
 
-# %% ../../nbs/data/04_simulator.ipynb #0000002e
-def _choose_queries(users: pd.DataFrame, queries: pd.DataFrame, who: np.ndarray, session: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+# %% ../../nbs/data/04_simulator.ipynb #00000025
+def _choose_queries(
+    users: pd.DataFrame, queries: pd.DataFrame, who: np.ndarray, session: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """A query for each request: the session's category in the user's language, seldom against the user's gender."""
-    words = _words()
-    tops = pd.factorize(np.array([category["path"].split(" > ")[0] for category in words["categories"]]))[0]
-    liking = np.exp(users.filter(regex=r"^department_\d").to_numpy())[:, tops] * [category["share"] for category in words["categories"]]
+    categories = _words()["categories"]
+    tops = pd.factorize(np.array([category["path"].split(" > ")[0] for category in categories]))[0]
+    departments = np.exp(users.filter(regex=r"^department_\d").to_numpy())
+    liking = departments[:, tops] * [category["share"] for category in categories]
     first = np.unique(session, return_index=True)[1]
     of_session = _pick(rng, liking[who[first]])[session]
     category = np.where(rng.random(len(who)) < 0.2, _pick(rng, liking[who]), of_session)
@@ -440,7 +452,7 @@ def _choose_queries(users: pd.DataFrame, queries: pd.DataFrame, who: np.ndarray,
         chosen[rows] = options[_pick(rng, weight)]
     return chosen
 
-# %% ../../nbs/data/04_simulator.ipynb #00000031
+# %% ../../nbs/data/04_simulator.ipynb #00000028
 @dataclass(frozen=True, eq=False)
 class Truth:
     """Everything that holds in the simulated shop, and no model may see.
@@ -469,7 +481,10 @@ class Truth:
         return self.items["item_id"].to_numpy(dtype=object)
 
     def requests(self, n: int, seed: int, day: int = 0) -> pd.DataFrame:
-        """n search requests of a day after the first of the log: request_id, ts, user_id, session_id, query, device, surface."""
+        """n search requests on a day, counted from the first of the log (30 is the first after the bundled one).
+
+        Columns: request_id, ts, user_id, session_id, query, device, surface; rows in the order of time.
+        """
         return _draw_requests(self.users, self.queries, n, seed, day, self.seed)
 
     def utility(self, requests: pd.DataFrame) -> np.ndarray:
@@ -484,15 +499,19 @@ class Truth:
         """What the old policy thinks of each item, (requests, items); -inf for what is not on sale at the time."""
         return _old_scores(self, requests)
 
-    def logging_pages(self, requests: pd.DataFrame, seed: int, k: int = 10, n_candidates: int = 50) -> tuple[np.ndarray, np.ndarray]:
-        """Pages of the old policy and their exact propensities: item ids (requests, k) and probabilities (requests, k)."""
+    def logging_pages(
+        self, requests: pd.DataFrame, seed: int, k: int = 10, n_candidates: int = 50
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Pages of the old policy and their exact propensities: item ids and probabilities, both (requests, k)."""
         return _old_pages(self, requests, seed, k, n_candidates)
 
-    def respond(self, requests: pd.DataFrame, pages: np.ndarray, propensities: np.ndarray, policy: str, seed: int) -> pd.DataFrame:
+    def respond(
+        self, requests: pd.DataFrame, pages: np.ndarray, propensities: np.ndarray, policy: str, seed: int
+    ) -> pd.DataFrame:
         """What the shoppers do with these pages: an `events` table; see `respond`."""
         return respond(self, requests, pages, propensities, policy, seed)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000032
+# %% ../../nbs/data/04_simulator.ipynb #00000029
 def _rows_of(table: pd.DataFrame, key: str, values, what: str) -> np.ndarray:
     """Row number of each value in a key column of the truth; complain about the first that it does not know."""
     found = pd.Index(table[key]).get_indexer(np.asarray(values, dtype=object).ravel())
@@ -508,7 +527,7 @@ def _chance(truth: Truth, requests: pd.DataFrame, what: np.ndarray) -> np.ndarra
     asked = _rows_of(truth.queries, "query", requests["query"], "query")
     some, place = np.unique(asked, return_inverse=True)
     match = _match(truth.queries.iloc[some], truth.items)
-    taste = _tastes(truth.users, truth.items, truth.seed)
+    taste = _taste_tables(truth.users, truth.items, truth.seed)
     listed, ts = truth.items["listed_ts"].to_numpy(), requests["ts"].to_numpy()
     out = np.empty((len(requests), what.shape[1]))
     for rows in np.array_split(np.arange(len(out)), -(-len(out) // 256)) if len(out) else []:
@@ -519,7 +538,7 @@ def _chance(truth: Truth, requests: pd.DataFrame, what: np.ndarray) -> np.ndarra
         out[rows] = np.where(listed[things] <= ts[rows][:, None], _tail(utility), 0)
     return out
 
-# %% ../../nbs/data/04_simulator.ipynb #00000033
+# %% ../../nbs/data/04_simulator.ipynb #0000002a
 def _old_scores(truth: Truth, requests: pd.DataFrame) -> np.ndarray:
     """Scores of the old policy: word overlap, a list of synonyms, popularity and promotion."""
     items = truth.items
@@ -531,30 +550,35 @@ def _old_scores(truth: Truth, requests: pd.DataFrame) -> np.ndarray:
     never_tied = 1e-9 * np.arange(len(items))  # equal scores would be cut off differently on other processors
     prior = never_tied + 0.9 * (popular - popular.mean()) / popular.std() + 0.7 * items["promotion"].to_numpy()
     scores = (3.0 * lexical + 2.0 * guessed + prior)[place]
-    on_sale = items["in_stock"].to_numpy()[None] & (items["listed_ts"].to_numpy()[None] <= requests["ts"].to_numpy()[:, None])
-    return np.where(on_sale, scores, -np.inf)
+    launched = items["listed_ts"].to_numpy()[None] <= requests["ts"].to_numpy()[:, None]
+    return np.where(launched & items["in_stock"].to_numpy(), scores, -np.inf)
 
 
-def _old_pages(truth: Truth, requests: pd.DataFrame, seed: int, k: int, n_candidates: int) -> tuple[np.ndarray, np.ndarray]:
-    """Old policy: the best candidates by score, a Plackett-Luce page among them, and its propensities to nine decimals."""
+def _old_pages(
+    truth: Truth, requests: pd.DataFrame, seed: int, k: int, n_candidates: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Old policy: the best candidates by score, a Plackett-Luce page among them, and its propensities."""
     scores = _old_scores(truth, requests)
     best = np.argpartition(-scores, min(n_candidates, scores.shape[1]) - 1, axis=1)[:, :n_candidates]
     best = np.sort(best, axis=1)
     scores = np.take_along_axis(scores, best, axis=1)
     rng = np.random.default_rng([truth.seed, seed, zlib.crc32(b"old pages")])
     drawn = plackett_luce(scores, k, rng, truth.settings.temperature)
-    propensities = page_propensities(scores, drawn, truth.settings.temperature).round(9)  # alike on every processor
+    propensities = page_propensities(scores, drawn, truth.settings.temperature).round(9)  # alike on all processors
     return truth.item_ids[np.take_along_axis(best, drawn, axis=1)], propensities
 
-# %% ../../nbs/data/04_simulator.ipynb #00000038
+# %% ../../nbs/data/04_simulator.ipynb #0000002d
 def _event_rows(requests: pd.DataFrame, rows: np.ndarray, kind: str, delay: np.ndarray, **columns) -> pd.DataFrame:
     """Events of one kind, one per entry of rows (row numbers of requests), delay milliseconds after the request."""
-    frame = requests.iloc[rows][["ts", "user_id", "session_id", "request_id", "surface", "query", "device"]].reset_index(drop=True)
+    columns_kept = ["ts", "user_id", "session_id", "request_id", "surface", "query", "device"]
+    frame = requests.iloc[rows][columns_kept].reset_index(drop=True)
     frame["ts"] += np.asarray(delay).astype("int64")
     return frame.assign(kind=kind, **columns)
 
 
-def respond(truth: Truth, requests: pd.DataFrame, pages: np.ndarray, propensities: np.ndarray, policy: str, seed: int) -> pd.DataFrame:
+def respond(
+    truth: Truth, requests: pd.DataFrame, pages: np.ndarray, propensities: np.ndarray, policy: str, seed: int
+) -> pd.DataFrame:
     """What the shoppers do with the pages that a policy shows them.
 
     Args:
@@ -572,17 +596,21 @@ def respond(truth: Truth, requests: pd.DataFrame, pages: np.ndarray, propensitie
     """
     pages, propensities = np.asarray(pages, dtype=object), np.asarray(propensities, dtype=float)
     if pages.ndim != 2 or pages.shape != propensities.shape or len(pages) != len(requests):
-        raise ValueError(f"pages {pages.shape} and propensities {propensities.shape} must both be ({len(requests)} requests, k)")
+        shapes = f"pages {pages.shape} and propensities {propensities.shape}"
+        raise ValueError(f"{shapes} must both be ({len(requests)} requests, k)")
     what = _rows_of(truth.items, "item_id", pages, "item")
     rng = np.random.default_rng([truth.seed, seed, zlib.crc32(b"respond")])
     quality, stock = truth.items["quality"].to_numpy()[what], truth.items["in_stock"].to_numpy()[what]
     chance = _chance(truth, requests, what)
-    done = _behave(chance, truth.items["brand"].to_numpy()[what], stock * expit(0.2 + 0.8 * quality), truth.settings, rng)
+    brands, buyable = truth.items["brand"].to_numpy()[what], stock * expit(0.2 + 0.8 * quality)
+    done = _behave(chance, brands, buyable, truth.settings, rng)
     return _log(truth, requests, what, propensities, policy, done, rng, seed)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000039
-def _log(truth: Truth, requests: pd.DataFrame, what: np.ndarray, propensities: np.ndarray, policy: str, done: dict,
-         rng: np.random.Generator, seed: int) -> pd.DataFrame:
+# %% ../../nbs/data/04_simulator.ipynb #0000002e
+def _log(
+    truth: Truth, requests: pd.DataFrame, what: np.ndarray, propensities: np.ndarray, policy: str, done: dict,
+    rng: np.random.Generator, seed: int,
+) -> pd.DataFrame:
     """The events table of pages (row numbers of items, (n, k)) and of what was done on them."""
     n, k = what.shape
     price, ids = truth.items["price"].to_numpy(), truth.item_ids
@@ -594,23 +622,25 @@ def _log(truth: Truth, requests: pd.DataFrame, what: np.ndarray, propensities: n
             "purchase": cart + 30_000 + rng.exponential(120_000, (n, k))}
     for kind, mask in {"impression": np.ones((n, k), dtype=bool), **done}.items():
         rows, places = np.nonzero(mask)
+        many = pd.array([1 if kind in ("cart", "purchase") else None] * len(rows), dtype="Int64")
         parts.append(_event_rows(
             requests, rows, kind, when[kind][mask], policy=policy, item_id=ids[what[mask]], position=places + 1,
-            propensity=propensities[mask], price=price[what[mask]], quantity=1 if kind in ("cart", "purchase") else None))
-    events = pd.concat([part.astype({"quantity": "Int64"}) if "quantity" in part else part for part in parts], ignore_index=True)
-    events["event_id"] = _hash_ids("e", np.full(len(events), seed), *(events[name] for name in ("request_id", "kind", "item_id", "ts")))
-    events["stars"] = None
+            propensity=propensities[mask], price=price[what[mask]], quantity=many))
+    events = pd.concat(parts, ignore_index=True)
+    said = [events[name] for name in ("request_id", "kind", "item_id", "ts")]
+    events["event_id"] = _hash_ids("e", np.full(len(events), seed), *said)
     events = events.sort_values(["ts", "event_id"], ignore_index=True)
     return tables.check("events", events, "raw", where="the simulated shop")
 
-# %% ../../nbs/data/04_simulator.ipynb #0000003e
+# %% ../../nbs/data/04_simulator.ipynb #00000032
 def _pool(truth: Truth, asked: pd.DataFrame, rng: np.random.Generator, each: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Pairs to judge: row numbers in asked and in the items, without repeats."""
     match = _match(asked, truth.items)
     texts = (truth.items["title"] + " " + truth.items["description"]).tolist()
     lexical = _overlap(asked["query"].tolist(), texts)
     kin = _kinship()[asked["category"].to_numpy()[:, None], truth.items["category"].to_numpy()[None]] > 0
-    keys = [match + 0.2 * rng.random(match.shape), lexical + 0.1 * rng.random(match.shape), kin * rng.random(match.shape)]
+    chance = rng.random((3, *match.shape))
+    keys = [match + 0.2 * chance[0], lexical + 0.1 * chance[1], kin * chance[2]]
     chosen = np.zeros(match.shape, dtype=bool)
     for key, count in zip(keys, (each, each, each // 2)):
         np.put_along_axis(chosen, np.argsort(-key, axis=1, kind="stable")[:, :count], True, axis=1)
@@ -629,18 +659,19 @@ def _draw_judgements(truth: Truth, n_queries: int = 120) -> tuple[pd.DataFrame, 
     grade = np.digitize(fit, [0.2, 0.42, 0.9])  # another kind of the thing, partly what was asked, exactly that
     leaning = rng.normal(0, 0.25, 3)
     said = np.rint(grade[:, None] + leaning + rng.normal(0, 0.5, (len(grade), 3))).clip(0, 3).astype("int64")
-    key = {"query_id": asked["query_id"].to_numpy()[query], "item_id": truth.item_ids[item]}
-    raters = pd.DataFrame({**key, "grade_true": grade, **{f"rater_{i}": said[:, i] for i in range(3)}})
-    judgements = pd.DataFrame({**key, "query": asked["query"].to_numpy()[query], "locale": asked["language"].to_numpy()[query],
-                               "grade": np.median(said, axis=1).astype("int64")})
-    order = judgements.sort_values(["query_id", "item_id"]).index
-    return judgements.loc[order].reset_index(drop=True), raters.loc[order].reset_index(drop=True)
+    judgements = asked.iloc[query][["query_id", "query", "language"]].rename(columns={"language": "locale"})
+    judgements = judgements.assign(item_id=truth.item_ids[item], grade=np.median(said, axis=1).astype("int64"))
+    each = {f"rater_{i}": said[:, i] for i in range(3)}
+    raters = judgements[["query_id", "item_id"]].assign(grade_true=grade, **each)
+    return tuple(table.sort_values(["query_id", "item_id"], ignore_index=True) for table in (judgements, raters))
 
-# %% ../../nbs/data/04_simulator.ipynb #00000043
+# %% ../../nbs/data/04_simulator.ipynb #00000035
 DIRT = {  # share of rows
-    "brand missing": 0.02, "brand spelling": 0.03, "description missing": 0.02, "price missing": 0.01, "price negative": 0.005, "product twice": 0.01,
+    "brand missing": 0.02, "brand spelling": 0.03, "description missing": 0.02,
+    "price missing": 0.01, "price negative": 0.005, "product twice": 0.01,
     "age missing": 0.06, "gender missing": 0.05,
-    "event twice": 0.01, "unknown item": 0.004, "clock in seconds": 0.002, "clock ten years ahead": 0.002, "anonymous": 0.04,
+    "event twice": 0.01, "unknown item": 0.004, "anonymous": 0.04,
+    "clock in seconds": 0.002, "clock ten years ahead": 0.002,
 }
 
 
@@ -655,19 +686,23 @@ class _Planter:
         chance = DIRT[kind] * (np.ones(n) if weight is None else weight / weight.mean())
         return np.flatnonzero(self.rng.random(n) < chance)
 
+    def note(self, frame: pd.DataFrame, table: str, kind: str, rows: np.ndarray, **more) -> None:
+        """Keep which rows were hit."""
+        keys = frame[tables.KEYS[table][0]].iloc[rows]
+        self.planted.append(pd.DataFrame({"table": table, "key": keys, "kind": kind, **more}))
+
     def spoil(self, frame: pd.DataFrame, table: str, column: str, kind: str, rows: np.ndarray, value) -> None:
         """Overwrite a column in these rows with the value."""
-        keys, was = frame[tables.KEYS[table][0]].iloc[rows], frame[column].iloc[rows]
-        self.planted.append(pd.DataFrame({"table": table, "key": keys, "column": column, "kind": kind, "value": was.astype("str")}))
+        self.note(frame, table, kind, rows, column=column, value=frame[column].iloc[rows].astype("str"))
         frame.iloc[rows, frame.columns.get_loc(column)] = value
 
     def repeat(self, frame: pd.DataFrame, table: str, kind: str) -> pd.DataFrame:
         """Deliver some rows twice, right after the first time."""
         rows = self.rows(kind, len(frame))
-        self.planted.append(pd.DataFrame({"table": table, "key": frame[tables.KEYS[table][0]].iloc[rows], "column": None, "kind": kind, "value": None}))
+        self.note(frame, table, kind, rows, column=None, value=None)
         return frame.iloc[np.sort(np.r_[np.arange(len(frame)), rows])].reset_index(drop=True)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000044
+# %% ../../nbs/data/04_simulator.ipynb #00000036
 def _dirty(products: pd.DataFrame, users: pd.DataFrame, events: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, ...]:
     """The three tables with dirt at the rates of DIRT, and the list of what was planted."""
     planter = _Planter(_rng(seed, "dirt"))
@@ -680,24 +715,28 @@ def _dirty(products: pd.DataFrame, users: pd.DataFrame, events: pd.DataFrame, se
     planter.spoil(products, "products", "price", "price negative", rows, -products["price"].iloc[rows].to_numpy())
     rows = planter.rows("brand spelling", len(products))
     rows = rows[products["brand"].iloc[rows].notna()]
-    planter.spoil(products, "products", "brand", "brand spelling", rows, (products["brand"].iloc[rows].str.upper() + " ").to_numpy())
+    shouted = products["brand"].iloc[rows].str.upper() + " "
+    planter.spoil(products, "products", "brand", "brand spelling", rows, shouted.to_numpy())
     older = np.exp((users["age"].to_numpy(dtype=float) - 40) / 15)
     planter.spoil(users, "users", "age", "age missing", planter.rows("age missing", len(users), older), None)
     planter.spoil(users, "users", "gender", "gender missing", planter.rows("gender missing", len(users)), None)
     sessions = events["session_id"].drop_duplicates()
-    hidden = events["session_id"].isin(sessions.iloc[planter.rows("anonymous", len(sessions))]) & events["user_id"].notna()
-    planter.spoil(events, "events", "user_id", "anonymous", np.flatnonzero(hidden), None)
+    sessions = sessions.iloc[planter.rows("anonymous", len(sessions))]
+    hidden = np.flatnonzero(events["session_id"].isin(sessions) & events["user_id"].notna())
+    planter.spoil(events, "events", "user_id", "anonymous", hidden, None)
     rows = planter.rows("unknown item", len(events))
     rows = rows[events["item_id"].iloc[rows].notna()]
     planter.spoil(events, "events", "item_id", "unknown item", rows, _hash_ids("x", events["event_id"].iloc[rows]))
     rows = planter.rows("clock in seconds", len(events))
     planter.spoil(events, "events", "ts", "clock in seconds", rows, events["ts"].iloc[rows].to_numpy() // 1000)
     rows = np.setdiff1d(planter.rows("clock ten years ahead", len(events)), rows)
-    planter.spoil(events, "events", "ts", "clock ten years ahead", rows, events["ts"].iloc[rows].to_numpy() + 3653 * DAY)
-    products, events = planter.repeat(products, "products", "product twice"), planter.repeat(events, "events", "event twice")
+    later = events["ts"].iloc[rows].to_numpy() + 3653 * DAY
+    planter.spoil(events, "events", "ts", "clock ten years ahead", rows, later)
+    products = planter.repeat(products, "products", "product twice")
+    events = planter.repeat(events, "events", "event twice")
     return products, users, events, pd.concat(planter.planted, ignore_index=True)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000046
+
 def _robot(truth: Truth, number: int, day: int, n: int = 20) -> pd.DataFrame:
     """Events of one robot: n requests in quick succession, every shown item clicked."""
     requests = truth.requests(n, seed=_LOG_SEED + 1 + number, day=day)
@@ -711,7 +750,7 @@ def _robot(truth: Truth, number: int, day: int, n: int = 20) -> pd.DataFrame:
 
 _LOG_SEED = 1_000_003  # of the shop's own log, far from the small seeds that experiments ask with
 
-# %% ../../nbs/data/04_simulator.ipynb #00000048
+# %% ../../nbs/data/04_simulator.ipynb #00000038
 @dataclass(frozen=True, eq=False)
 class Shop:
     """Four tables by the raw contract, dirt included, and the truth about them."""
@@ -731,14 +770,12 @@ def _catalogue(items: pd.DataFrame) -> pd.DataFrame:
     """What the shop says about its items: names for codes, and nothing hidden."""
     words = _words()
     paths, brands = ([entry[name] for entry in words[of]] for of, name in (("categories", "path"), ("brands", "name")))
+    category, brand = (np.array(names, dtype=object) for names in (paths, brands))
     shown = items[["item_id", "parent_id", "title", "description", "category", "brand", "price", "rating", "n_ratings",
                    "attributes", "language", "in_stock", "listed_ts", "snapshot_ts"]]
-    shown = shown.assign(category=np.array(paths, dtype=object)[items["category"]], brand=np.array(brands, dtype=object)[items["brand"]])
-    shown.insert(7, "currency", "EUR")
-    shown.insert(12, "image", None)
-    return shown
+    return shown.assign(category=category[items["category"]], brand=brand[items["brand"]], currency="EUR", image=None)
 
-# %% ../../nbs/data/04_simulator.ipynb #00000049
+
 def _collect(truth: Truth, n_days: int, requests_per_day: int) -> pd.DataFrame:
     """The old policy's log over some days, robots included."""
     counts = _rng(truth.seed, "traffic").poisson(requests_per_day, n_days).clip(min=1)
@@ -752,7 +789,7 @@ def _collect(truth: Truth, n_days: int, requests_per_day: int) -> pd.DataFrame:
     parts += [_robot(truth, number, day=min(n_days - 1, 5 + 11 * number)) for number in range(2)]
     return pd.concat(parts, ignore_index=True).sort_values(["ts", "event_id"], ignore_index=True)
 
-# %% ../../nbs/data/04_simulator.ipynb #0000004a
+# %% ../../nbs/data/04_simulator.ipynb #00000039
 def simulate(seed: int = 0, n_items: int = 2000, n_users: int = 500, n_days: int = 30, requests_per_day: int = 55,
              settings: Settings | None = None) -> Shop:
     """A shop with its log and its truth.
@@ -769,8 +806,8 @@ def simulate(seed: int = 0, n_items: int = 2000, n_users: int = 500, n_days: int
     Raises:
         ValueError: If a size is too small for a shop.
     """
-    smallest = {"n_items": (n_items, 100), "n_users": (n_users, 2), "n_days": (n_days, 1), "requests_per_day": (requests_per_day, 1)}
-    for name, (value, least) in smallest.items():
+    sizes = {"n_items": n_items, "n_users": n_users, "n_days": n_days, "requests_per_day": requests_per_day}
+    for (name, value), least in zip(sizes.items(), (100, 2, 1, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     settings = settings or Settings()
@@ -789,7 +826,7 @@ def simulate(seed: int = 0, n_items: int = 2000, n_users: int = 500, n_days: int
     checked = {name: tables.check(name, frame, "raw", where="the simulated shop") for name, frame in frames.items()}
     return Shop(**checked, truth=replace(truth, raters=raters, dirt=dirt))
 
-# %% ../../nbs/data/04_simulator.ipynb #00000052
+# %% ../../nbs/data/04_simulator.ipynb #0000003d
 def write_shop(shop: Shop, folder: str | Path) -> None:
     """Write the tables as Parquet, the truth in `truth/`, and a manifest with checksums; all of it or nothing.
 
@@ -804,12 +841,13 @@ def write_shop(shop: Shop, folder: str | Path) -> None:
             table.to_parquet(tmp / f"{name}.parquet", compression="zstd", index=False)
         for name in _TRUTH:
             getattr(truth, name).to_parquet(tmp / "truth" / f"{name}.parquet", compression="zstd", index=False)
-        artefacts.write_json(tmp / "truth" / "world.json", {"version": 1, "seed": truth.seed, "settings": asdict(truth.settings)})
+        world = {"version": 1, "seed": truth.seed, "settings": asdict(truth.settings)}
+        artefacts.write_json(tmp / "truth" / "world.json", world)
 
 
 _TRUTH = ("items", "users", "queries", "raters", "dirt")
 
-# %% ../../nbs/data/04_simulator.ipynb #00000053
+
 def load_truth(folder: str | Path) -> Truth:
     """The truth of a shop that `write_shop` wrote, with all that it can be asked.
 

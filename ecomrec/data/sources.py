@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'ESCI_GRADES', 'WANDS_GRADES', 'SourceError', 'Source', 'data_home', 'is_available', 'folder', 'fetch',
-           'describe', 'Tables', 'load', 'fingerprints', 'raters']
+           'describe', 'Tables', 'load', 'raters']
 
 # %% ../../nbs/data/05_sources.ipynb #00000002
+import functools
 import json
 import os
 import zipfile
@@ -20,7 +21,7 @@ import requests
 import zstandard
 
 from .artefacts import home, sha256
-from .tables import TABLES, TableError, check, check_links
+from .tables import CONTRACTS, TABLES, TableError, check, check_links, milliseconds
 
 # %% ../../nbs/data/05_sources.ipynb #00000005
 class SourceError(ValueError):
@@ -35,6 +36,7 @@ class Source:
         what: One line about it.
         licence: As far as known.
         home: Where it lives.
+        marker: The file by which a folder of this format is known; the judgements stand in it, if there are any.
         base: Address that the files are relative to.
         files: SHA-256 by path.
     """
@@ -42,36 +44,51 @@ class Source:
     what: str
     licence: str
     home: str
+    marker: str
     base: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
 
 
 _RAW = "https://raw.githubusercontent.com"
+_CHORUS = f"{_RAW}/o19s/chorus/d2035d3bfa630b1fd48ded62835f5ded7b988e0c/"
+_VESPA = f"{_RAW}/vespa-engine/sample-apps/529d524065668569fa28e1dca9c7caaa5e184b15/"
+_ZIPS, _KATAS = "data-encoder/ecommerce/vectors/data", "katas/Broad_Query_Set"
+_CHORUS_FILES = {
+    f"{_ZIPS}/1.json.zip": "15b622a11a6267aa0c450919a84b0fc41d7748db552f4c9c0e04167bbc7c38cb",
+    f"{_ZIPS}/2.json.zip": "17d95160289440d03ca50af65c1363d9edd1d5e82678ddb874b27aeac1f87c33",
+    f"{_ZIPS}/3.json.zip": "d4d088908fa648da7e79682872a77771ba42f065b253c4fb0f333e630d94f45a",
+    f"{_ZIPS}/4.json.zip": "533329e5173eac349ce61512fc86a352d5f6651e31694e03aa6e8428cbeaf3c0",
+    f"{_KATAS}_rated.csv": "065b79c6c19b9ea8fa2dc2b0b8dae3f40c6389454a1f26aac3d3f8a7d43731b2",
+    f"{_KATAS}_individual_ratings.csv": "cdaaa60503c87450730ad86b614fcd0026cdd6069ac1b7a5189b1b44ca785e30",
+}
+_ESCI_SAMPLE_FILES = {
+    "test-sample.parquet": "eaa98d99d55c7d2ed4ccc0a10d27492e3e662656e52dd2fbab6e6ead2369b362",
+    "sample-products.jsonl.zstd": "74a156d06ebc157976a645c436502b01d42d315d771362ce59cd0f4de7d2f562",
+}
 SOURCES: dict[str, Source] = {
-    "shop": Source("the bundled simulated shop: products, users, events, judgements, dirt included", "Apache-2.0", "data/shop"),
+    "shop": Source(
+        "the bundled simulated shop: products, users, events, judgements, dirt included", "Apache-2.0", "data/shop",
+        "products.parquet",
+    ),
     "chorus": Source(
-        "19,406 electronics products, 135 queries, 3,668 judgements graded 0-3", "judgements Apache-2.0; products Icecat Open Content",
-        "https://github.com/o19s/chorus", f"{_RAW}/o19s/chorus/d2035d3bfa630b1fd48ded62835f5ded7b988e0c/",
-        {
-            "data-encoder/ecommerce/vectors/data/1.json.zip": "15b622a11a6267aa0c450919a84b0fc41d7748db552f4c9c0e04167bbc7c38cb",
-            "data-encoder/ecommerce/vectors/data/2.json.zip": "17d95160289440d03ca50af65c1363d9edd1d5e82678ddb874b27aeac1f87c33",
-            "data-encoder/ecommerce/vectors/data/3.json.zip": "d4d088908fa648da7e79682872a77771ba42f065b253c4fb0f333e630d94f45a",
-            "data-encoder/ecommerce/vectors/data/4.json.zip": "533329e5173eac349ce61512fc86a352d5f6651e31694e03aa6e8428cbeaf3c0",
-            "katas/Broad_Query_Set_rated.csv": "065b79c6c19b9ea8fa2dc2b0b8dae3f40c6389454a1f26aac3d3f8a7d43731b2",
-            "katas/Broad_Query_Set_individual_ratings.csv": "cdaaa60503c87450730ad86b614fcd0026cdd6069ac1b7a5189b1b44ca785e30",
-        },
+        "19,406 electronics products, 135 queries, 3,668 judgements graded 0-3",
+        "judgements Apache-2.0; products Icecat Open Content",
+        "https://github.com/o19s/chorus", "Broad_Query_Set_rated.csv", _CHORUS, _CHORUS_FILES,
     ),
     "esci_sample": Source(
         "16 pairs of the Shopping Queries Dataset with product text: a fixture, not for numbers", "Apache-2.0",
-        "https://github.com/vespa-engine/sample-apps",
-        f"{_RAW}/vespa-engine/sample-apps/529d524065668569fa28e1dca9c7caaa5e184b15/commerce-product-ranking/sample-data/",
-        {
-            "test-sample.parquet": "eaa98d99d55c7d2ed4ccc0a10d27492e3e662656e52dd2fbab6e6ead2369b362",
-            "sample-products.jsonl.zstd": "74a156d06ebc157976a645c436502b01d42d315d771362ce59cd0f4de7d2f562",
-        },
+        "https://github.com/vespa-engine/sample-apps", "test-sample.parquet",
+        f"{_VESPA}commerce-product-ranking/sample-data/", _ESCI_SAMPLE_FILES,
     ),
-    "esci": Source("Shopping Queries Dataset, 2.6 M judgements E/S/C/I in three languages (served by Git LFS: fetch it yourself)", "Apache-2.0", "https://github.com/amazon-science/esci-data"),
-    "wands": Source("Wayfair, 42,994 products, 480 queries, 233,448 judgements (fetch it yourself)", "MIT", "https://github.com/wayfair/WANDS"),
+    "esci": Source(
+        "Shopping Queries Dataset, judgements E/S/C/I in three languages (behind Git LFS: fetch it yourself)", "Apache-2.0",
+        "https://github.com/amazon-science/esci-data (folder shopping_queries_dataset)",
+        "shopping_queries_dataset_examples.parquet",
+    ),
+    "wands": Source(
+        "Wayfair, 42,994 products, 480 queries, 233,448 judgements (not pinned: fetch it yourself)", "MIT",
+        "https://github.com/wayfair/WANDS (folder dataset)", "label.csv",
+    ),
 }
 
 # %% ../../nbs/data/05_sources.ipynb #00000007
@@ -88,8 +105,8 @@ def _known(name: str) -> Source:
 
 def is_available(name: str) -> bool:
     """Whether a set can be read without the network."""
-    source = _known(name)
-    return folder(name).is_dir() and all((folder(name) / Path(path).name).is_file() for path in source.files)
+    names = {Path(path).name for path in _known(name).files} | {_known(name).marker}
+    return all((folder(name) / file).is_file() for file in names)
 
 
 def folder(source: str) -> Path:
@@ -111,12 +128,15 @@ def fetch(name: str, base: str | None = None) -> list[Path]:
         SourceError: If a file cannot be had or its SHA-256 differs; nothing half-written stays.
     """
     source, paths = _known(name), []
-    if not source.files and not folder(name).is_dir():
-        raise SourceError(f"{name} cannot be downloaded file by file: get it from {source.home} and put its files into {folder(name)}, or name your folder as source")
+    if not source.files and not is_available(name):
+        way_out = f"get it from {source.home} and put its files into {folder(name)}, or name your folder as source"
+        raise SourceError(f"{name} cannot be downloaded file by file: {way_out}")
     for path, digest in source.files.items():
         target = folder(name) / Path(path).name
-        if not target.is_file() or sha256(target) != digest:
+        if not target.is_file():
             _download((base or source.base) + path, target, digest)
+        elif sha256(target) != digest:
+            raise SourceError(f"{target}: its SHA-256 differs from the pinned {digest}; move it away to fetch it again")
         paths.append(target)
     return paths
 
@@ -126,9 +146,12 @@ def _download(url: str, target: Path, digest: str) -> None:
     try:
         pooch.retrieve(url, f"sha256:{digest}", target.name, target.parent, progressbar=True)
     except ValueError as error:
-        raise SourceError(f"{url}: the SHA-256 differs from the pinned {digest}; nothing was kept. Try again, and if it stays so, the source changed") from error
+        advice = "nothing was kept. Try again; if it stays so, the source has changed"
+        raise SourceError(f"{url}: its SHA-256 differs from the pinned {digest}; {advice}") from error
     except (requests.RequestException, OSError) as error:
-        raise SourceError(f"{url}: cannot be downloaded into {target.parent} ({type(error).__name__}); put {target.name} there yourself, or point ECOMREC_DATA to a folder that has it") from error
+        advice = f"put {target.name} there yourself, or point ECOMREC_DATA to a folder that has {target.parent.name}"
+        what = f"cannot be downloaded into {target.parent} ({type(error).__name__})"
+        raise SourceError(f"{url}: {what}; {advice}") from error
 
 # %% ../../nbs/data/05_sources.ipynb #00000008
 def describe() -> pd.DataFrame:
@@ -149,15 +172,9 @@ class Tables:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
-def _milliseconds(dates: pd.Series) -> pd.Series:
-    """Dates as milliseconds since the epoch, null where there is none."""
-    parsed = pd.to_datetime(dates, utc=True, errors="coerce", format="ISO8601")
-    return ((parsed - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(milliseconds=1)).round().astype("Int64")
-
-
 def _csv(path: Path, sep: str = ",") -> pd.DataFrame:
-    """A CSV file whose empty cells alone are null: 'NA' and 'null' are words that people search for."""
-    return pd.read_csv(path, sep=sep, keep_default_na=False, na_values=[""], low_memory=False)
+    """A CSV file as text: '007' stays an id, 'NA' a word that people search for; empty cells alone are null."""
+    return pd.read_csv(path, sep=sep, dtype="str", keep_default_na=False, na_values=[""])
 
 # %% ../../nbs/data/05_sources.ipynb #0000000e
 def _read_chorus(path: Path) -> dict[str, pd.DataFrame]:
@@ -169,8 +186,9 @@ def _read_chorus(path: Path) -> dict[str, pd.DataFrame]:
     attributes = [{k.removeprefix("attr_")[2:]: v for k, v in row.items() if k.startswith("attr_")} for row in rows]
     products = pd.DataFrame({
         "item_id": raw["id"], "title": raw["title"], "description": raw["short_description"], "brand": raw["supplier"],
-        "category": [a.get("product_type") for a in attributes], "price": (raw["price"] / 100).where(raw["price"] > 0), "language": "en", "image": raw["img_500x500"],
-        "attributes": [json.dumps(a, ensure_ascii=False) for a in attributes], "listed_ts": _milliseconds(raw["date_released"]),
+        "category": [a.get("product_type") for a in attributes], "language": "en", "image": raw["img_500x500"],
+        "price": (raw["price"] / 100).where(raw["price"] > 0), "listed_ts": milliseconds(raw["date_released"]),
+        "attributes": [json.dumps(a, ensure_ascii=False) for a in attributes],
     })
     judged = _csv(path / "Broad_Query_Set_rated.csv").rename(columns={"docid": "item_id", "rating": "grade"})
     return {"products": products, "judgements": judged.assign(query_id=judged["query"], locale="en")}
@@ -183,7 +201,7 @@ def _esci_judgements(examples: pd.DataFrame) -> pd.DataFrame:
     """ESCI's examples as judgements; ids carry their locale."""
     return pd.DataFrame({
         "query_id": examples["query_id"], "query": examples["query"], "locale": examples["product_locale"],
-        "item_id": examples["product_locale"] + ":" + examples["product_id"], "grade": examples["esci_label"].map(ESCI_GRADES),
+        "item_id": examples["product_locale"] + ":" + examples["product_id"], "grade": examples["esci_label"],
     })
 
 
@@ -202,7 +220,8 @@ def _read_esci(path: Path) -> dict[str, pd.DataFrame]:
         "description": raw["product_description"].fillna(raw["product_bullet_point"]),
         "language": raw["product_locale"].map({"us": "en", "es": "es", "jp": "ja"}),
     })
-    return {"products": products, "judgements": _esci_judgements(pd.read_parquet(path / "shopping_queries_dataset_examples.parquet"))}
+    examples = pd.read_parquet(path / "shopping_queries_dataset_examples.parquet")
+    return {"products": products, "judgements": _esci_judgements(examples)}
 
 # %% ../../nbs/data/05_sources.ipynb #00000012
 WANDS_GRADES = {"Irrelevant": 0, "Partial": 1, "Exact": 2}
@@ -212,82 +231,107 @@ def _read_wands(path: Path) -> dict[str, pd.DataFrame]:
     raw = _csv(path / "product.csv", sep="\t")
     products = pd.DataFrame({
         "item_id": raw["product_id"], "title": raw["product_name"], "description": raw["product_description"],
-        "category": raw["category hierarchy"].str.replace(" / ", " > "), "rating": raw["average_rating"], "n_ratings": raw["rating_count"],
-        "attributes": raw["product_features"], "language": "en",
+        "category": raw["category hierarchy"].str.replace(" / ", " > "), "attributes": raw["product_features"],
+        "rating": raw["average_rating"], "n_ratings": raw["rating_count"], "language": "en",
     })
     judged = _csv(path / "label.csv", sep="\t").merge(_csv(path / "query.csv", sep="\t"), on="query_id")
-    judged = judged.assign(item_id=judged["product_id"], grade=judged["label"].map(WANDS_GRADES), locale="en")
-    return {"products": products, "judgements": judged}
+    return {"products": products, "judgements": judged.assign(item_id=judged["product_id"], grade=judged["label"], locale="en")}
 
 # %% ../../nbs/data/05_sources.ipynb #00000014
 def _read_folder(path: Path) -> dict[str, pd.DataFrame]:
     return {table: pd.read_parquet(path / f"{table}.parquet") for table in TABLES if (path / f"{table}.parquet").is_file()}
 
 
-# What tells a folder's format, and its reader
-_READERS: dict[str, tuple[str, Callable[[Path], dict[str, pd.DataFrame]]]] = {
-    "shop": ("products.parquet", _read_folder),
-    "chorus": ("Broad_Query_Set_rated.csv", _read_chorus),
-    "esci_sample": ("test-sample.parquet", _read_esci_sample),
-    "esci": ("shopping_queries_dataset_examples.parquet", _read_esci),
-    "wands": ("label.csv", _read_wands),
+# Reader and grades of each format
+_FORMATS: dict[str, tuple[Callable[[Path], dict[str, pd.DataFrame]], Mapping[str, int] | None]] = {
+    "shop": (_read_folder, None),
+    "chorus": (_read_chorus, None),
+    "esci_sample": (_read_esci_sample, ESCI_GRADES),
+    "esci": (_read_esci, ESCI_GRADES),
+    "wands": (_read_wands, WANDS_GRADES),
 }
 
 
-def _read_known(path: Path) -> dict[str, pd.DataFrame]:
-    """Read a folder by the reader that knows one of its files."""
-    for marker, reader in _READERS.values():
-        if (path / marker).is_file():
-            try:
-                return reader(path)
-            except FileNotFoundError as error:
-                raise SourceError(f"{path}: {Path(error.filename).name} is missing beside {marker}") from error
-    markers = ", ".join(marker for marker, _ in _READERS.values())
-    raise SourceError(f"{path}: holds none of {markers}; name files one by one with source='files', products=..., judgements=...")
+def _format(path: Path) -> str:
+    """Which known set's format a folder has, told by one of its files."""
+    for name in _FORMATS:
+        if (path / SOURCES[name].marker).is_file():
+            return name
+    markers = ", ".join(SOURCES[name].marker for name in _FORMATS)
+    raise SourceError(f"{path}: holds none of {markers}; name files with source='files', products=..., judgements=...")
+
+
+def _read_known(path: Path) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+    """Read a folder; the tables, and where each came from."""
+    name = _format(path)
+    marker, (reader, grades) = path / SOURCES[name].marker, _FORMATS[name]
+    try:
+        frames = reader(path)
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: {Path(error.filename).name} is missing beside {marker.name}") from error
+    except KeyError as error:
+        raise SourceError(f"{path}: not the files that are expected beside {marker.name}: {error} is missing") from error
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile, zstandard.ZstdError) as error:
+        raise SourceError(f"{path}: cannot be read, a file is damaged ({error})") from error
+    if name == "shop":
+        return frames, {table: str(path / f"{table}.parquet") for table in frames}
+    if grades:
+        frames["judgements"] = _graded(frames["judgements"], grades, str(marker))
+    return frames, {"products": str(path), "judgements": str(marker)}
 
 # %% ../../nbs/data/05_sources.ipynb #00000016
-_FORMATS: dict[str, Callable[[Path], pd.DataFrame]] = {
+_JSON_LINES = functools.partial(pd.read_json, lines=True, dtype=False, convert_dates=False)
+_SUFFIXES: dict[str, Callable[[Path], pd.DataFrame]] = {
     ".csv": _csv,
-    ".tsv": lambda path: _csv(path, sep="\t"),
+    ".tsv": functools.partial(_csv, sep="\t"),
     ".parquet": pd.read_parquet,
-    ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
-    ".ndjson": lambda path: pd.read_json(path, lines=True, dtype=False, convert_dates=False),
+    ".jsonl": _JSON_LINES,
+    ".ndjson": _JSON_LINES,
 }
 
 
-def _read_file(table: str, path: str | Path, columns: Mapping[str, str]) -> pd.DataFrame:
-    """One of the user's files, with our column names."""
-    path = Path(path)
+def _read_file(table: str, path: Path) -> pd.DataFrame:
+    """One of the user's files, as it is."""
     if not path.is_file():
         raise SourceError(f"{table}: there is no file {path}")
-    if path.suffix.lower() not in _FORMATS:
-        raise SourceError(f"{table}: {path} ends in {path.suffix!r}; known are {', '.join(_FORMATS)}")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise SourceError(f"{table}: {path} ends in {path.suffix!r}; known are {', '.join(_SUFFIXES)}")
     try:
-        frame = _FORMATS[path.suffix.lower()](path)
-    except (ValueError, OSError, UnicodeError) as error:
-        raise SourceError(f"{table}: {path} cannot be read as {path.suffix[1:]} ({str(error).splitlines()[0]})") from error
+        return _SUFFIXES[path.suffix.lower()](path)
+    except (ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{table}: {path} cannot be read as {path.suffix[1:]} ({reason})") from error
+
+
+def _renamed(table: str, frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
+    """The table with our column names."""
+    has = ", ".join(map(str, frame.columns))
     for ours, theirs in columns.items():
+        if ours not in CONTRACTS[table]:
+            raise TableError(f"columns names {ours!r}; known are {', '.join(CONTRACTS[table])}", table, ours, None, where)
         if theirs not in frame:
-            raise TableError(f"columns maps {ours!r} to {theirs!r}, which the file lacks; it has {', '.join(map(str, frame.columns))}", table, ours, None, str(path))
-    taken = [ours for ours, theirs in columns.items() if ours in frame and ours != theirs and ours not in columns.values()]
-    return frame.drop(columns=taken).assign(**{ours: frame[theirs] for ours, theirs in columns.items()})
-
-
-def _graded(judgements: pd.DataFrame, grades: Mapping | None, where: str) -> pd.DataFrame:
-    """Grades by the user's mapping, and the query text as id where there is none."""
-    if grades is not None and "grade" in judgements:
-        meaning = {str(theirs): ours for theirs, ours in grades.items()}
-        said = judgements["grade"].map(lambda g: str(int(g)) if isinstance(g, float) and g == int(g) else str(g), na_action="ignore")
-        mapped = said.map(meaning)
-        if mapped.isna().any():
-            row = int(mapped.isna().to_numpy().argmax())
-            raise TableError(f"grade {judgements['grade'].iloc[row]} is not in grades {dict(grades)}", "judgements", "grade", row, where)
-        judgements = judgements.assign(grade=mapped.astype("int64"))
-    if "query_id" not in judgements and "query" in judgements:
-        judgements = judgements.assign(query_id=judgements["query"])
-    return judgements
+            raise TableError(f"columns maps {ours!r} to {theirs!r}, which the file lacks; it has {has}", table, ours, None, where)
+    return frame.assign(**{ours: frame[theirs] for ours, theirs in columns.items()})
 
 # %% ../../nbs/data/05_sources.ipynb #00000018
+def _plain(grade: object) -> str:
+    """A grade as a person writes it."""
+    return str(grade).strip().removesuffix(".0")
+
+
+def _graded(judgements: pd.DataFrame, grades: Mapping, where: str) -> pd.DataFrame:
+    """Judgements with grades by a mapping."""
+    wrong = [ours for ours in grades.values() if not isinstance(ours, int) or ours < 0]
+    if wrong:
+        raise SourceError(f"grades: {wrong[0]!r} is no grade; ours are whole numbers from 0 (irrelevant) up")
+    mapped = judgements["grade"].map(_plain, na_action="ignore").map({_plain(theirs): ours for theirs, ours in grades.items()})
+    if mapped.isna().any():
+        row = int(mapped.isna().to_numpy().argmax())
+        said = _plain(judgements["grade"].iloc[row])
+        raise TableError(f"grade {said} is not in grades {dict(grades)}", "judgements", "grade", row, where)
+    return judgements.assign(grade=mapped.astype("int64"))
+
+# %% ../../nbs/data/05_sources.ipynb #0000001b
 def load(
     source: str = "chorus",
     *,
@@ -304,45 +348,62 @@ def load(
     Args:
         source: A known set's name, the path of a folder, or `files` with the paths of its tables.
         products: Path of the products file, with `source="files"` or in place of the source's table; users, events and judgements likewise.
-        columns: {table: {our column: their column}} for the files that are named.
+        columns: {table: {our column: their column}} for files and folders of your own.
         grades: {their grade: our grade}, e.g. {1: 0, 2: 1, 3: 2, 4: 3}.
-        stage: Contract that the tables are held to; `clean` also refuses duplicate keys and judged products outside the catalogue.
+        stage: Contract that products, users and events are held to. Judgements always meet the clean one, and name
+            products of the catalogue: they are the yardstick, and no cleaning rule mends them.
     Returns:
         The tables, by contract.
     Raises:
         SourceError: If a file or folder is missing or is not what it should be.
         TableError: If a table breaks its contract, naming file, column and row.
     """
-    named = {t: p for t, p in zip(TABLES, (products, users, events, judgements)) if p is not None}
+    given = {"products": products, "users": users, "events": events, "judgements": judgements}
+    named = {table: Path(path) for table, path in given.items() if path is not None}
     unknown = set(columns or {}) - set(TABLES)
     if unknown:
         raise SourceError(f"columns: {sorted(unknown)} are no tables; known are {', '.join(TABLES)}")
-    frames, where = {}, {}
-    if source != "files":
-        path = folder(source)
-        if source in SOURCES:
-            fetch(source)
-        elif not path.is_dir():
-            _known(source)
-        frames, where = _read_known(path), dict.fromkeys(TABLES, str(path))
+    frames, where = ({}, {}) if source == "files" else _read_known(_ready(source))
+    own = set(frames) if source not in (*SOURCES, "files") else set()
     for table, path in named.items():
-        frames[table], where[table] = _read_file(table, path, (columns or {}).get(table, {})), str(path)
+        frames[table], where[table] = _read_file(table, path), str(path)
+    for table in own | set(named):
+        frames[table] = _renamed(table, frames[table], (columns or {}).get(table, {}), where[table])
     if "products" not in frames:
         raise SourceError("products: no file is named; give products=PATH")
     if "judgements" in frames:
-        frames["judgements"] = _graded(frames["judgements"], grades, where["judgements"])
-    checked = {table: check(table, frame, stage, where[table]) for table, frame in frames.items()}
-    if stage == "clean" and "judgements" in checked:
+        frames["judgements"] = _judged(frames["judgements"], grades, where["judgements"])
+    strict = {table: "clean" if table == "judgements" else stage for table in frames}
+    checked = {table: check(table, frame, strict[table], where[table]) for table, frame in frames.items()}
+    if "judgements" in checked:
         check_links(checked["judgements"], checked["products"], where["judgements"])
-    return Tables(name=source, files=fingerprints(source, *named.values()), **checked)
+    return Tables(name=source, files=_fingerprints(source, named), **checked)
 
 
-def fingerprints(source: str, *files: str | Path) -> dict[str, str]:
-    """SHA-256 of what a source is read from, by file name: its folder's files (not the truth) and the files named besides."""
-    inside = sorted(p for p in folder(source).iterdir() if p.is_file()) if source != "files" and folder(source).is_dir() else []
-    return {path.name: sha256(path) for path in [*inside, *map(Path, files)]}
+def _ready(source: str) -> Path:
+    """The folder of a source, with everything in it that is pinned."""
+    if source in SOURCES:
+        fetch(source)
+    elif not folder(source).is_dir():
+        _known(source)
+    return folder(source)
 
-# %% ../../nbs/data/05_sources.ipynb #0000001b
+
+def _judged(judgements: pd.DataFrame, grades: Mapping | None, where: str) -> pd.DataFrame:
+    """Judgements with our grades, and the query's text as id where there is none."""
+    if grades and "grade" in judgements:
+        judgements = _graded(judgements, grades, where)
+    if "query_id" not in judgements and "query" in judgements:
+        judgements = judgements.assign(query_id=judgements["query"])
+    return judgements
+
+
+def _fingerprints(source: str, named: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of what was read: the files of a folder (not of folders in it), and the files that were named."""
+    inside = [] if source == "files" else sorted(path for path in folder(source).iterdir() if path.is_file())
+    return {path.name: sha256(path) for path in inside} | {f"{t}: {path.name}": sha256(path) for t, path in named.items()}
+
+# %% ../../nbs/data/05_sources.ipynb #0000001e
 def raters(source: str = "chorus") -> pd.DataFrame:
     """What each rater said, for the pairs that more than one person graded.
 
@@ -356,4 +417,5 @@ def raters(source: str = "chorus") -> pd.DataFrame:
     fetch(source)
     raw = _csv(folder(source) / "Broad_Query_Set_individual_ratings.csv")
     renamed = raw.rename(columns={f"agent_{i}_rating": f"rater_{i}" for i in (1, 2, 3)} | {"docid": "item_id"})
-    return renamed[["query", "item_id", "rater_1", "rater_2", "rater_3"]].astype({"item_id": "str"})
+    said = [f"rater_{i}" for i in (1, 2, 3)]
+    return renamed[["query", "item_id", *said]].assign(**{rater: pd.to_numeric(renamed[rater]) for rater in said})

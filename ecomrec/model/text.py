@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..data.artefacts import sha256, verify
@@ -169,9 +170,14 @@ def embed(
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     device = encoder.device.type
     half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
-    with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=half):
-        vectors = encoder.encode(unique, batch_size=batch_size, show_progress_bar=progress, convert_to_tensor=True)
-    vectors = torch.nn.functional.normalize(vectors.float(), dim=1).cpu().numpy()
+    step, parts = 16 * batch_size, []
+    bar = tqdm(total=len(unique), desc="encode", unit=" texts", disable=not progress, mininterval=2, leave=False)
+    with bar, torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=half):
+        for start in range(0, len(unique), step):
+            some = encoder.encode(unique[start : start + step], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+            parts.append(torch.nn.functional.normalize(some.float(), dim=1).cpu())
+            bar.update(len(some))
+    vectors = torch.cat(parts).numpy()
     row_of = {text: row for row, text in enumerate(unique)}
     return vectors[[row_of[text] for text in texts]]
 

@@ -168,8 +168,7 @@ def fit_recipe(products: pd.DataFrame, judgements: pd.DataFrame, dense: DenseInd
     relevant = max(1, (int(judgements["grade"].max()) + 1) // 2)
     recall = tune_candidates(voices, *place, wide, relevant=relevant)
     who = fit_weights(recall, wide, queries.index) if len(recall) else Recipe().candidates
-    inside = candidates(mixture(voices, who), Recipe.depth)
-    return Recipe(lexical, who, fit_weights(tune_mixture(voices, *place, fine, inside), fine, queries.index))
+    return Recipe(lexical, who, fit_weights(tune_mixture(voices, *place, fine), fine, queries.index))
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,6 @@ def tune_mixture(
     query_ids: Sequence[str],
     item_ids: Sequence[str],
     grid: Sequence[Mapping[str, float]],
-    inside: np.ndarray | None = None,
 ) -> pd.DataFrame:
     """Judged-only nDCG@10 of every query under every choice of weights for the order.
 
@@ -130,16 +129,14 @@ def tune_mixture(
         query_ids: Ids of the rows of the scores.
         item_ids: Ids of their columns.
         grid: Weights to try, see `weight_grid`.
-        inside: Candidates, which stand before all others, bool (queries, items); all if left out.
     Returns:
         Rows by query_id; one column per choice, whose name is its place in the grid.
     """
     rows, columns = _places(judgements, query_ids, item_ids)
     voices = {name: scaled(scores)[rows, columns] for name, scores in parts.items()}
-    first = 0 if inside is None else inside[rows, columns].astype(np.float32)
     table = {}
     for number, weights in enumerate(grid):
-        run = judgements[["query_id", "item_id"]].assign(score=first + sum(weights[name] * voices[name] for name in voices))
+        run = judgements[["query_id", "item_id"]].assign(score=sum(weights[name] * voices[name] for name in voices))
         table[number] = evaluate(run, judgements, ("ndcg@10",), judged_only=True)["ndcg@10"]
     return pd.DataFrame(table)
 
@@ -172,16 +169,31 @@ def tune_candidates(
     return pd.DataFrame(table).rename_axis("query_id")
 
 
-def fit_weights(table: pd.DataFrame, grid: Sequence[Mapping[str, float]], queries: Iterable[str]) -> dict[str, float]:
-    """The weights with the best mean over the given (training) queries of the table; the first of equals.
+def fit_weights(table: pd.DataFrame, grid: Sequence[Mapping[str, float]], queries: Iterable[str], draws: int = 200, seed: int = 0) -> dict[str, float]:
+    """Weights for the given (training) queries: the mean of those that win when the queries are drawn anew.
 
+    Which weights have the highest mean hangs on a few queries; over many resamples of them the choice settles in the middle of what is good.
+
+    Args:
+        table: From `tune_mixture` or `tune_candidates`.
+        grid: The weights behind its columns.
+        queries: Training queries; those that are not in the table are left out.
+        draws: Number of resamples.
+        seed: Seed of the resampling.
+    Returns:
+        The weights of the grid that are nearest to that mean.
     Raises:
         ValueError: If none of the queries stands in the table.
+    Source: Breiman (1996), bagging.
     """
-    known = table.index.intersection(pd.Index(list(queries)))
+    known = table.index.intersection(pd.Index(list(queries)), sort=True)
     if not len(known):
         raise ValueError("queries: none of them stands in the table, so there is nothing to choose by")
-    return dict(grid[int(table.loc[known].mean().to_numpy().round(9).argmax())])
+    counts = np.random.default_rng(seed).multinomial(len(known), np.full(len(known), 1 / len(known)), size=draws)
+    winners = (counts @ table.loc[known].to_numpy() / len(known)).round(9).argmax(axis=1)
+    choices = np.array([[weights[name] for name in sorted(weights)] for weights in grid])
+    distance = ((choices - choices[winners].mean(axis=0)) ** 2).sum(axis=1)
+    return dict(grid[int(distance.round(9).argmin())])
 
 # %% ../../nbs/search/03_ranking.ipynb #0000001d
 def _checked_pages(names: list[str], features: np.ndarray, offered: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

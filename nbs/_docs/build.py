@@ -126,7 +126,7 @@ def _stage_reference(folder: Path) -> None:
         members = list(getattr(importlib.import_module(module), "__all__", []))
         lines = [module, "=" * len(module), "", f":doc:`Derived, shown and tested in its notebook "
                  f"</{path.relative_to(NBS).with_suffix('').as_posix()}>`.", "", f".. currentmodule:: {module}", ""]
-        callables = [n for n in members if callable(getattr(sys.modules[module], n))]
+        callables = [n for n in members if documented(getattr(sys.modules[module], n))]
         if callables:
             lines += [".. autosummary::", "   :nosignatures:", "", *(f"   {name}" for name in callables), ""]
         for name in sorted(members, key=lambda name: name not in callables):
@@ -137,11 +137,16 @@ def _stage_reference(folder: Path) -> None:
     _write(folder / "index.md", "\n".join(tree))
 
 
+def documented(value) -> bool:
+    """Whether a docstring belongs to the name itself: a function or class, not an instance of one."""
+    return inspect.isclass(value) or inspect.isroutine(value)
+
+
 def _directive(module: str, name: str) -> list[str]:
     value = getattr(sys.modules[module], name)
     if inspect.isclass(value):
         return [f".. autoclass:: {name}", "   :members:", ""]
-    if callable(value):
+    if documented(value):
         return [f".. autofunction:: {name}", ""]
     lines, text = [f".. py:data:: {name}", f"   :type: {type(value).__name__}"], repr(value)
     return [*lines, *([f"   :value: {text}"] if len(text) <= 100 and "\n" not in text else []), ""]

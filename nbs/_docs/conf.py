@@ -36,6 +36,7 @@ suppress_warnings = ["mystnb.unknown_mime_type", "misc.highlighting_failure"]
 # Reference: Google docstrings, with our section for papers.
 autosummary_generate = False
 add_module_names = False
+default_role = "code"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
@@ -53,13 +54,14 @@ mathjax_options = {"defer": "defer"}
 html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["../_static", "static"]
+html_favicon = "static/favicon.svg"
 html_css_files = ["ecomrec.css"]
 html_show_sourcelink = False
 html_copy_source = False
 html_context = {"default_mode": "auto"}
 html_sidebars = {"index": [], "project/*": [], "search": []}
 html_theme_options = {
-    "logo": {"text": project},
+    "logo": {"text": project, "image_light": "_static/favicon.svg", "image_dark": "_static/favicon.svg"},
     "header_links_before_dropdown": 10,
     "navigation_with_keys": False,
     "show_nav_level": 2,
