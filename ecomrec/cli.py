@@ -56,14 +56,27 @@ def about_data() -> None:
 
 app.add_typer(data_app, name="data")
 
-# %% ../nbs/02_cli.ipynb #00000008
+# %% ../nbs/02_cli.ipynb #0000000a
+def _paired(arguments: Sequence[str]) -> list[str]:
+    """Join `-p KEY VALUE` of `run` to `-p KEY=VALUE`: typer repeats options of one word only."""
+    words, joined = list(arguments), []
+    if words[:1] != ["run"]:
+        return words
+    while words:
+        joined.append(words.pop(0))
+        if joined[-1] in ("-p", "--parameter") and len(words) > 1 and "=" not in words[0]:
+            joined.append(f"{words.pop(0)}={words.pop(0)}")
+    return joined
+
+# %% ../nbs/02_cli.ipynb #0000000f
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `ecomrec` command.
 
     Args:
         arguments: What was typed after `ecomrec`; from the command line if left out.
     Returns:
-        Exit status: 0 if all went well, 1 if an experiment failed, 2 if what was asked for is not possible, 130 if stopped.
+        Exit status: 0 if all went well, 1 if an experiment failed, 2 if what was asked for is not possible,
+        130 if it was stopped.
     """
     # Waiting threads sleep instead of spinning, and the notebook's kernel inherits it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -85,19 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
     return 0
 
-# %% ../nbs/02_cli.ipynb #0000000c
-def _paired(arguments: Sequence[str]) -> list[str]:
-    """Join `-p KEY VALUE` of `run` to `-p KEY=VALUE`: typer repeats options of one word only."""
-    words, joined = list(arguments), []
-    if words[:1] != ["run"]:
-        return words
-    while words:
-        joined.append(words.pop(0))
-        if joined[-1] in ("-p", "--parameter") and len(words) > 1 and "=" not in words[0]:
-            joined.append(f"{words.pop(0)}={words.pop(0)}")
-    return joined
-
-# %% ../nbs/02_cli.ipynb #0000000f
+# %% ../nbs/02_cli.ipynb #00000012
 def _as_text(table: "pd.DataFrame", width: int | None = None) -> str:
     """A table as text whose longest words are cut until its lines fit the terminal."""
     import pandas as pd
@@ -115,13 +116,14 @@ def _number(value: float) -> str:
     """At most four decimals, and no zeros at the end."""
     return f"{value:.4f}".rstrip("0").rstrip(".")
 
-# %% ../nbs/02_cli.ipynb #00000014
+# %% ../nbs/02_cli.ipynb #00000017
 @app.command("run")
 def run_experiment(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The experiment: a notebook of nbs/experiments.")],
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="A YAML file of parameters, one KEY: VALUE a line.")] = None,
+    file: Annotated[Path | None, typer.Option("-f", "--file", help="YAML file, one KEY: VALUE a line.")] = None,
     parameter: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", metavar="KEY VALUE", help="One parameter, its value as YAML; as often as wanted.")
+        list[str] | None,
+        typer.Option("-p", "--parameter", metavar="KEY VALUE", help="One parameter, value as YAML; repeatable."),
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Run it even if it has finished before.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
@@ -151,12 +153,14 @@ def run_experiment(
     values = {key: lab.read_value(text, known.get(key)) for key, text in given.items()}
     print(lab.run(name, values, file=file, again=again, experiments=experiments, progress=not quiet))
 
-# %% ../nbs/02_cli.ipynb #0000001c
+# %% ../nbs/02_cli.ipynb #0000001f
 @app.command("runs")
 def show_runs(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only the runs of this experiment.")] = None,
-    metric: Annotated[str | None, typer.Option("-m", "--metric", help="Which metric; the first of each experiment if left out.")] = None,
-    save: Annotated[str | None, typer.Option(metavar="RUN", help="Copy run.json and metrics.json of this run to the results that the docs show.")] = None,
+    metric: Annotated[str | None, typer.Option("-m", "--metric", help="Which metric; the first if left out.")] = None,
+    save: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Copy run.json and metrics.json of this run to the saved results.")
+    ] = None,
     experiments: Annotated[Path | None, typer.Option(help="With --save: folder with notebooks of your own.")] = None,
 ) -> None:
     """Show the finished runs and their numbers, or save the numbers of one.
@@ -181,7 +185,7 @@ def show_runs(
     if not tables:
         print(f"No finished run{f' of {name}' if name else ''} yet; make one with: ecomrec run {name or 'closed_loop'}")
 
-# %% ../nbs/02_cli.ipynb #0000001f
+# %% ../nbs/02_cli.ipynb #00000022
 @app.command("compare")
 def compare_runs(
     first: Annotated[str, typer.Argument(metavar="RUN", help="A folder, or an experiment's name.")],
@@ -198,7 +202,7 @@ def compare_runs(
 
     print(_as_text(lab.compare(first, second).reset_index()))
 
-# %% ../nbs/02_cli.ipynb #00000026
+# %% ../nbs/02_cli.ipynb #00000029
 @app.command("search")
 def search_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or an experiment's name.")],
@@ -220,10 +224,10 @@ def search_run(
     from ecomrec.search.engine import Engine  # seconds: only once there is something to load
 
     page = Engine.load(folder / "engine").search(query, k=k)
-    lines = [f"{len(page)} result{'' if len(page) == 1 else 's'} for “{query}”", page.note, _as_text(page.items) if len(page) else ""]
-    print("\n".join(line for line in lines if line))
+    title = f"{len(page)} result{'' if len(page) == 1 else 's'} for “{query}”"
+    print("\n".join(part for part in (title, page.note, _as_text(page.items) if len(page) else "") if part))
 
-# %% ../nbs/02_cli.ipynb #0000002b
+# %% ../nbs/02_cli.ipynb #0000002e
 @data_app.command("list")
 def list_sources() -> None:
     """Show the known data sets: what they hold, under which licence, and which are here.
@@ -237,9 +241,11 @@ def list_sources() -> None:
     print(_as_text(sources.describe().reset_index().drop(columns="home", errors="ignore")))
     print(f"Downloads are kept in {sources.data_home()} (ECOMREC_DATA names another folder).", file=sys.stderr)
 
-# %% ../nbs/02_cli.ipynb #0000002d
+# %% ../nbs/02_cli.ipynb #00000030
 @data_app.command("fetch")
-def fetch_sources(names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Data sets by the names of `ecomrec data list`.")]) -> None:
+def fetch_sources(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names that `ecomrec data list` shows.")],
+) -> None:
     """Download data sets, check every file against its pinned SHA-256, and print where the files are.
 
     \b

@@ -73,7 +73,8 @@ def test_json_is_whole_after_a_refused_write(tmp_path):
 def test_a_killed_writer_leaves_no_incomplete_folder(tmp_path):
     script = (
         "import sys\nfrom ecomrec.data.artefacts import writing\nprint('go', flush=True)\n"
-        "for i in range(10**6):\n    with writing(sys.argv[1]) as half:\n        (half / 'x').write_text(str(i) * 1000)\n"
+        "for i in range(10**6):\n    with writing(sys.argv[1]) as half:\n"
+        "        (half / 'x').write_text(str(i) * 1000)\n"
     )
     target = tmp_path / "model"
     writer = subprocess.Popen([sys.executable, "-c", script, str(target)], stdout=subprocess.PIPE)

@@ -22,8 +22,8 @@ from ecomrec import lab
 
 TOY = [
     "import json, os, time\nfrom pathlib import Path\nimport numpy as np, pandas as pd\nfrom ecomrec import lab",
-    "n = 50  # how many\nrate = 1.0  # of what\nname = ''\nproducts = None\nsource = 'shop'\nseeds = [0]\ncolumns = {}\n"
-    "wish = ''",
+    "n = 50  # how many\nrate = 1.0  # of what\nname = ''\nproducts = None\nsource = 'shop'\nseeds = [0]\n"
+    "columns = {}\nwish = ''",
     "run = lab.current('toy', {'n': n, 'seeds': seeds})",
     "def draw(system):\n    values = np.random.default_rng(seeds[0]).random(n) * rate + (system == 'new')\n"
     "    ids = [f'q {i}' for i in range(n)]\n"
@@ -374,7 +374,8 @@ def test_run_json_holds_no_path_of_this_machine(bench, tmp_path):
     assert folder.parent.name == "{odd} runs"
     text = (folder / "run.json").read_text()
     about = json.loads(text)
-    assert about["parameters"]["products"] == "my products.csv" and list(about["inputs"]["products"]) == ["my products.csv"]
+    assert about["parameters"]["products"] == "my products.csv"
+    assert list(about["inputs"]["products"]) == ["my products.csv"]
     assert str(tmp_path) not in text and str(Path.home()) + "/" not in text and str(bench.folder) not in text
 
 

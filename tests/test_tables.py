@@ -1,5 +1,7 @@
 """Properties of the table contracts that a reader need not see."""
 
+from datetime import datetime
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,7 +29,8 @@ def test_checking_twice_changes_nothing(table):
 
 @given(st.lists(st.one_of(st.none(), st.integers(-9, 9), st.floats(), st.text(max_size=5)), min_size=1, max_size=8))
 def test_any_price_column_is_read_or_refused_with_its_row(values):
-    frame = pd.DataFrame({"item_id": [str(i) for i in range(len(values))], "title": "x", "price": pd.Series(values, dtype="object")})
+    ids = [str(i) for i in range(len(values))]
+    frame = pd.DataFrame({"item_id": ids, "title": "x", "price": pd.Series(values, dtype="object")})
     try:
         checked = check("products", frame, "clean")["price"].dropna()
     except TableError as error:
@@ -37,8 +40,9 @@ def test_any_price_column_is_read_or_refused_with_its_row(values):
 
 
 @pytest.mark.parametrize("column, value", [
-    ("ts", None), ("ts", 1.5), ("ts", "yesterday"), ("ts", 5), ("ts", 5_000_000_000_000), ("kind", "hover"), ("kind", None),
-    ("position", 0), ("propensity", 0.0), ("propensity", 1.5), ("price", float("inf")), ("surface", "cart"), ("session_id", None),
+    ("ts", None), ("ts", 1.5), ("ts", "yesterday"), ("ts", 5), ("ts", 5_000_000_000_000), ("ts", pd.NaT),
+    ("kind", "hover"), ("kind", None), ("surface", "cart"), ("session_id", None), ("event_id", None),
+    ("position", 0), ("propensity", 0.0), ("propensity", 1.5), ("price", float("inf")),
 ])
 def test_events_with_impossible_values_are_named(column, value):
     frame = pd.DataFrame([EVENT | {"event_id": "ok"}, EVENT | {column: value}])
@@ -49,7 +53,8 @@ def test_events_with_impossible_values_are_named(column, value):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_duplicate_keys_pass_raw_and_fail_clean(table):
-    row = {name: {"text": "x", "integer": 1, "time": EVENT["ts"], "number": 1.0, "flag": True, "ts": EVENT["ts"]}[column.kind] for name, column in CONTRACTS[table].items()}
+    values = {"text": "x", "integer": 1, "number": 1.0, "flag": True, "time": EVENT["ts"], "ts": EVENT["ts"]}
+    row = {name: values[column.kind] for name, column in CONTRACTS[table].items()}
     row |= {"kind": "click", "surface": "search"} if table == "events" else {}
     frame = pd.DataFrame([row, row])
     assert len(check(table, frame, "raw")) == 2
@@ -69,3 +74,13 @@ def test_unknown_table_and_stage_are_refused():
         check("orders", PRODUCTS)
     with pytest.raises(ValueError, match="'raw' or 'clean'"):
         check("products", PRODUCTS, "done")
+
+
+@given(st.lists(st.one_of(st.none(), st.datetimes()), min_size=1, max_size=5))
+def test_times_are_the_same_as_datetimes_and_as_text(times):
+    ids = [str(i) for i in range(len(times))]
+    expected = [None if t is None else round((t - datetime(1970, 1, 1)).total_seconds() * 1000) for t in times]
+    texts = pd.Series([t and t.isoformat() for t in times], dtype="object")
+    for column in (pd.Series(times, dtype="datetime64[us]"), texts):
+        read = check("users", pd.DataFrame({"user_id": ids, "joined_ts": column}))["joined_ts"]
+        assert [None if pd.isna(ms) else ms for ms in read] == pytest.approx(expected, abs=1)

@@ -51,7 +51,7 @@ def test_bad_arguments_are_named(encoder):
         embed(encoder, ["a"], precision="int3")
     with pytest.raises(ValueError, match="row 0 is nan"):
         embed(encoder, [float("nan")])
-    with pytest.raises(EncoderError, match="not to be had from the hub"):
+    with pytest.raises(EncoderError, match="not on the hub"):
         load_encoder("/no/such/folder/anywhere")
 
 
@@ -60,7 +60,9 @@ def test_a_tampered_package_is_refused(tmp_path, monkeypatch):
     (fake / "model").mkdir(parents=True)
     (fake / "__init__.py").write_text("")
     (fake / "model" / "model.safetensors").write_bytes(b"not the weights")
-    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(fake / "__init__.py")}))
+    monkeypatch.setattr(
+        text.importlib.util, "find_spec", lambda name: type("Spec", (), {"origin": str(fake / "__init__.py")}),
+    )
     with pytest.raises(EncoderError, match="SHA-256"):
         load_encoder()
 
@@ -108,7 +110,9 @@ def test_product_text_never_fails_and_never_says_nan(titles):
 
 
 def test_product_text_reads_numbers_and_lists_of_attributes():
-    frame = pd.DataFrame({"title": ["shoe"], "attributes": ['{"size": 42, "colours": ["red", "blue"]}'], "brand": ["Swift"]})
+    frame = pd.DataFrame(
+        {"title": ["shoe"], "attributes": ['{"size": 42, "colours": ["red", "blue"]}'], "brand": ["Swift"]}
+    )
     found = product_text(frame, ["brand", "title", "attributes"])[0]
     assert found.startswith("Swift. shoe. 42") and "red" in found
 

@@ -91,9 +91,9 @@ def _tidy(text: str) -> str:
 
 def _usual_spelling(values: pd.Series) -> pd.Series:
     """Of the spellings that differ only in case, the most frequent one (of equals, the first in the alphabet)."""
-    tidy = values.map(_tidy, na_action="ignore")
-    usual = tidy.groupby(tidy.str.casefold()).agg(lambda spellings: spellings.mode().iloc[0])
-    return tidy.str.casefold().map(usual)
+    tidy = values.map(_tidy, na_action="ignore").astype("str")
+    folded = tidy.str.casefold()
+    return folded.map(tidy.groupby(folded).agg(lambda spellings: spellings.mode().iloc[0]).to_dict())
 
 
 NORMALISERS: dict[str, Callable[[pd.Series], pd.Series]] = {

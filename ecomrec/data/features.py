@@ -89,6 +89,7 @@ def user_features(users: pd.DataFrame, events: pd.DataFrame, products: pd.DataFr
         A row a moment, in the order of `at`: age (years, null), gender (null), orders (count), spent (currency units), recency (days since
         the last event, null if there is none), usual_level (mean price level of what was clicked, shrunk to 0).
     """
+    at = at.astype({"user_id": "str"})  # a column without any name has no type of its own
     bought = events[events["kind"] == "purchase"]
     bought = bought.assign(paid=bought["price"].astype(float) * bought["quantity"].fillna(1).astype(float))
     liked = events[events["kind"].isin(INTEREST)].merge(item_statics(products)[["item_id", "price_level"]], on="item_id")

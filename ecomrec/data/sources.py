@@ -81,7 +81,8 @@ SOURCES: dict[str, Source] = {
         f"{_VESPA}commerce-product-ranking/sample-data/", _ESCI_SAMPLE_FILES,
     ),
     "esci": Source(
-        "Shopping Queries Dataset, judgements E/S/C/I in three languages (behind Git LFS: fetch it yourself)", "Apache-2.0",
+        "Shopping Queries Dataset, judgements E/S/C/I in three languages (behind Git LFS: fetch it yourself)",
+        "Apache-2.0",
         "https://github.com/amazon-science/esci-data (folder shopping_queries_dataset)",
         "shopping_queries_dataset_examples.parquet",
     ),
@@ -99,7 +100,8 @@ def data_home() -> Path:
 
 def _known(name: str) -> Source:
     if name not in SOURCES:
-        raise SourceError(f"source {name!r} is neither a known set ({', '.join(SOURCES)}) nor a folder; own files: source='files'")
+        known = ", ".join(SOURCES)
+        raise SourceError(f"source {name!r} is neither a known set ({known}) nor a folder; own files: source='files'")
     return SOURCES[name]
 
 
@@ -216,7 +218,8 @@ def _read_esci_sample(path: Path) -> dict[str, pd.DataFrame]:
 def _read_esci(path: Path) -> dict[str, pd.DataFrame]:
     raw = pd.read_parquet(path / "shopping_queries_dataset_products.parquet")
     products = pd.DataFrame({
-        "item_id": raw["product_locale"] + ":" + raw["product_id"], "title": raw["product_title"], "brand": raw["product_brand"],
+        "item_id": raw["product_locale"] + ":" + raw["product_id"],
+        "title": raw["product_title"], "brand": raw["product_brand"],
         "description": raw["product_description"].fillna(raw["product_bullet_point"]),
         "language": raw["product_locale"].map({"us": "en", "es": "es", "jp": "ja"}),
     })
@@ -235,11 +238,13 @@ def _read_wands(path: Path) -> dict[str, pd.DataFrame]:
         "rating": raw["average_rating"], "n_ratings": raw["rating_count"], "language": "en",
     })
     judged = _csv(path / "label.csv", sep="\t").merge(_csv(path / "query.csv", sep="\t"), on="query_id")
-    return {"products": products, "judgements": judged.assign(item_id=judged["product_id"], grade=judged["label"], locale="en")}
+    judged = judged.assign(item_id=judged["product_id"], grade=judged["label"], locale="en")
+    return {"products": products, "judgements": judged}
 
 # %% ../../nbs/data/05_sources.ipynb #00000014
 def _read_folder(path: Path) -> dict[str, pd.DataFrame]:
-    return {table: pd.read_parquet(path / f"{table}.parquet") for table in TABLES if (path / f"{table}.parquet").is_file()}
+    there = [table for table in TABLES if (path / f"{table}.parquet").is_file()]
+    return {table: pd.read_parquet(path / f"{table}.parquet") for table in there}
 
 
 # Reader and grades of each format
@@ -268,9 +273,9 @@ def _read_known(path: Path) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
     try:
         frames = reader(path)
     except FileNotFoundError as error:
-        raise SourceError(f"{path}: {Path(error.filename).name} is missing beside {marker.name}") from error
+        raise SourceError(f"{path}: a file is missing beside {marker.name} ({error})") from error
     except KeyError as error:
-        raise SourceError(f"{path}: not the files that are expected beside {marker.name}: {error} is missing") from error
+        raise SourceError(f"{path}: not the files that belong to {marker.name}, {error} is missing") from error
     except (ValueError, TypeError, OSError, zipfile.BadZipFile, zstandard.ZstdError) as error:
         raise SourceError(f"{path}: cannot be read, a file is damaged ({error})") from error
     if name == "shop":
@@ -305,12 +310,13 @@ def _read_file(table: str, path: Path) -> pd.DataFrame:
 
 def _renamed(table: str, frame: pd.DataFrame, columns: Mapping[str, str], where: str) -> pd.DataFrame:
     """The table with our column names."""
-    has = ", ".join(map(str, frame.columns))
+    known, has = ", ".join(CONTRACTS[table]), ", ".join(map(str, frame.columns))
     for ours, theirs in columns.items():
+        fault = f"columns maps {ours!r} to {theirs!r}"
         if ours not in CONTRACTS[table]:
-            raise TableError(f"columns names {ours!r}; known are {', '.join(CONTRACTS[table])}", table, ours, None, where)
+            raise TableError(f"{fault}, but {ours!r} is no column of ours; known are {known}", table, ours, None, where)
         if theirs not in frame:
-            raise TableError(f"columns maps {ours!r} to {theirs!r}, which the file lacks; it has {has}", table, ours, None, where)
+            raise TableError(f"{fault}, which the file lacks; it has {has}", table, ours, None, where)
     return frame.assign(**{ours: frame[theirs] for ours, theirs in columns.items()})
 
 # %% ../../nbs/data/05_sources.ipynb #00000018
@@ -324,7 +330,8 @@ def _graded(judgements: pd.DataFrame, grades: Mapping, where: str) -> pd.DataFra
     wrong = [ours for ours in grades.values() if not isinstance(ours, int) or ours < 0]
     if wrong:
         raise SourceError(f"grades: {wrong[0]!r} is no grade; ours are whole numbers from 0 (irrelevant) up")
-    mapped = judgements["grade"].map(_plain, na_action="ignore").map({_plain(theirs): ours for theirs, ours in grades.items()})
+    meaning = {_plain(theirs): ours for theirs, ours in grades.items()}
+    mapped = judgements["grade"].map(_plain, na_action="ignore").map(meaning)
     if mapped.isna().any():
         row = int(mapped.isna().to_numpy().argmax())
         said = _plain(judgements["grade"].iloc[row])
@@ -347,7 +354,8 @@ def load(
 
     Args:
         source: A known set's name, the path of a folder, or `files` with the paths of its tables.
-        products: Path of the products file, with `source="files"` or in place of the source's table; users, events and judgements likewise.
+        products: Path of the products file, with `source="files"` or in place of the source's own table.
+        users, events, judgements: Likewise.
         columns: {table: {our column: their column}} for files and folders of your own.
         grades: {their grade: our grade}, e.g. {1: 0, 2: 1, 3: 2, 4: 3}.
         stage: Contract that products, users and events are held to. Judgements always meet the clean one, and name
@@ -401,7 +409,8 @@ def _judged(judgements: pd.DataFrame, grades: Mapping | None, where: str) -> pd.
 def _fingerprints(source: str, named: Mapping[str, Path]) -> dict[str, str]:
     """SHA-256 of what was read: the files of a folder (not of folders in it), and the files that were named."""
     inside = [] if source == "files" else sorted(path for path in folder(source).iterdir() if path.is_file())
-    return {path.name: sha256(path) for path in inside} | {f"{t}: {path.name}": sha256(path) for t, path in named.items()}
+    found = {path.name: sha256(path) for path in inside}
+    return found | {f"{table}: {path.name}": sha256(path) for table, path in named.items()}
 
 # %% ../../nbs/data/05_sources.ipynb #0000001e
 def raters(source: str = "chorus") -> pd.DataFrame:

@@ -164,10 +164,11 @@ def _event_leaks(train: pd.DataFrame, test: pd.DataFrame, cut: int | None) -> di
         late, early = train[~train["ts"].lt(cut).fillna(False)], test[~test["ts"].ge(cut).fillna(False)]
         wrong = {"training event at or after the cut": late, "test event before the cut": early}
     else:
-        asked = test.sort_values(["ts", "event_id"]).drop_duplicates("user_id").set_index("user_id")
-        ts, name = train["user_id"].map(asked["ts"]), train["user_id"].map(asked["event_id"])
-        late = (train["ts"] > ts) | ((train["ts"] == ts) & (train["event_id"] >= name))
-        wrong = {"training event at or after its user's test": train[late & train["user_id"].notna()]}
+        asked = test.dropna(subset="user_id").sort_values(["ts", "event_id"]).drop_duplicates("user_id")[["user_id", "event_id", "ts"]]
+        both = train.dropna(subset="user_id").merge(asked, on="user_id", suffixes=("", "_asked"))
+        same = both["ts"] == both["ts_asked"]
+        late = (both["ts"] > both["ts_asked"]) | (same & (both["event_id"] >= both["event_id_asked"]))
+        wrong = {"training event at or after its user's test": both[late]}
     found = {kind: list(rows[["event_id", "ts"]].itertuples(index=False, name=None)) for kind, rows in wrong.items()}
     return {"shared event": shared} | found
 

@@ -41,8 +41,9 @@ def milliseconds(times: pd.Series) -> pd.Series:
     Returns:
         Int64; null where there is no time or it cannot be read.
     """
-    parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601")
-    return ((parsed - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(milliseconds=1)).round().astype("Int64")
+    parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601").dt.as_unit("ms")
+    epoch = pd.Timestamp(0, tz="UTC").as_unit("ms")  # nanoseconds would end in the year 2262, wrong clocks do not
+    return ((parsed - epoch) // pd.Timedelta(1, "ms").as_unit("ms")).astype("Int64")
 
 
 def _numbers(values: pd.Series, kind: str) -> pd.Series:
@@ -59,7 +60,8 @@ def _numbers(values: pd.Series, kind: str) -> pd.Series:
 def _cast(values: pd.Series, kind: str) -> tuple[pd.Series, pd.Series]:
     """Values in the pandas type of a kind, and where that failed."""
     if kind == "text":
-        if pd.api.types.is_float_dtype(values) and (values.dropna() % 1 == 0).all() and (values.dropna().abs() < 2**53).all():
+        there = values.dropna()
+        if pd.api.types.is_float_dtype(values) and (there % 1 == 0).all() and (there.abs() < 2**53).all():
             values = values.astype("Float64").astype("Int64")  # a null among them made the ids 7 and 8 into 7.0 and 8.0
         return values.astype("str").where(values.notna(), None).astype("str"), pd.Series(False, index=values.index)
     if kind == "flag":
@@ -94,8 +96,9 @@ _TS = _Column("time", check=pa.Check.in_range(0, _YEAR_2100))
 
 CONTRACTS: dict[str, dict[str, _Column]] = {
     "products": {
-        "item_id": _Column(required=True), "parent_id": _Column(), "title": _Column(required=True), "description": _Column(),
-        "category": _Column(), "brand": _Column(), "price": _Column("number", check=_POSITIVE), "currency": _Column(),
+        "item_id": _Column(required=True), "parent_id": _Column(), "title": _Column(required=True),
+        "description": _Column(), "category": _Column(), "brand": _Column(),
+        "price": _Column("number", check=_POSITIVE), "currency": _Column(),
         "rating": _Column("number", check=pa.Check.in_range(0, 5)), "n_ratings": _Column("integer", check=_COUNT),
         "attributes": _Column(), "language": _Column(), "image": _Column(), "in_stock": _Column("flag"),
         "listed_ts": _TS, "snapshot_ts": _TS,
@@ -162,12 +165,12 @@ def _typed(table: str, frame: pd.DataFrame, where: str) -> pd.DataFrame:
 
 
 def _schema(table: str) -> pa.DataFrameSchema:
-    """The conditions of the clean contract."""
+    """The conditions of the clean contract on single columns."""
     columns = {}
     for name, column in CONTRACTS[table].items():
         checks = [c for c in (column.check, _FINITE if column.kind == "number" else None) if c]
         columns[name] = pa.Column(checks=checks, nullable=not column.required and name not in KEYS[table])
-    return pa.DataFrameSchema(columns, unique=KEYS[table])
+    return pa.DataFrameSchema(columns)
 
 
 def check(table: str, frame: pd.DataFrame, stage: str = "raw", where: str = "") -> pd.DataFrame:
@@ -194,8 +197,12 @@ def check(table: str, frame: pd.DataFrame, stage: str = "raw", where: str = "") 
         fault = errors.failure_cases.sort_values("index", kind="stable").iloc[0]
         row = None if pd.isna(fault["index"]) else int(fault["index"])
         value = "" if row is None or fault["column"] not in typed else f"{_shown(typed[fault['column']], row)} "
-        rule = "stands more than once" if "uniqueness" in str(fault["check"]) else f"breaks the rule {fault['check']}"
-        raise TableError(f"{value}{rule}; see data.cleaning", table, fault["column"], row, where) from None
+        raise TableError(f"{value}breaks the rule {fault['check']}", table, fault["column"], row, where) from None
+    twice = typed.duplicated(KEYS[table]).to_numpy()
+    if twice.any():
+        row = int(np.argmax(twice))
+        key = " with ".join(_shown(typed[column], row) for column in KEYS[table])
+        raise TableError(f"{key} stands more than once; keep one", table, KEYS[table][-1], row, where)
     return typed
 
 # %% ../../nbs/data/01_tables.ipynb #00000016

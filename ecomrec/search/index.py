@@ -29,7 +29,8 @@ from ..evaluate.metrics import evaluate
 from ..model.text import plain, product_text
 
 # %% ../../nbs/search/01_index.ipynb #00000006
-_WORD = re.compile(r"[\u3400-\u9fff]+|[^\W_\u3400-\u9fff]+(?:[.,'][^\W_\u3400-\u9fff]+)*")  # one run of Chinese, or a word such as 5.5 or men's
+# One run of Chinese, or a word such as 5.5 or men's.
+_WORD = re.compile(r"[\u3400-\u9fff]+|[^\W_\u3400-\u9fff]+(?:[.,'][^\W_\u3400-\u9fff]+)*")
 _STEMMER = Stemmer.Stemmer("english")
 
 
@@ -129,7 +130,9 @@ class LexicalIndex:
         """
         ids, texts = _as_ids(item_ids), list(texts)
         if len(ids) != len(texts) or not ids:
-            raise ValueError(f"item_ids and texts: {len(ids)} and {len(texts)} rows; they must be equal and more than 0")
+            raise ValueError(
+                f"item_ids and texts: {len(ids)} and {len(texts)} rows; they must be equal and more than 0"
+            )
         terms = texts if isinstance(texts[0], list) else tokenise(texts)
         vocabulary = {term: number for number, term in enumerate(dict.fromkeys(itertools.chain.from_iterable(terms)))}
         vocabulary.setdefault("", len(vocabulary))  # the library wants at least one term
@@ -142,10 +145,13 @@ class LexicalIndex:
         """Score of every item for each query, float32 (queries, items); 0 where they share no term."""
         rows = [self.bm25.get_tokens_ids(terms) for terms in tokenise(queries)]
         nothing = np.zeros(len(self.item_ids), dtype=np.float32)
-        return np.stack([self.bm25.get_scores_from_ids(row) if row else nothing for row in rows]) if rows else nothing[None][:0]
+        scores = [self.bm25.get_scores_from_ids(row) if row else nothing for row in rows]
+        return np.stack(scores) if rows else nothing[None][:0]
 
-    def search(self, queries: pd.Series | Sequence[str], k: int = 10, allowed: Collection[str] | None = None) -> pd.DataFrame:
-        """Best k items that share a term with the query, as a run; see `top_k`. A Series names its queries by its index."""
+    def search(
+        self, queries: pd.Series | Sequence[str], k: int = 10, allowed: Collection[str] | None = None,
+    ) -> pd.DataFrame:
+        """Best k items that share a term with the query, as a run; see `top_k`. A Series names its queries."""
         scores = self.scores(queries)
         return top_k(np.where(scores > 0, scores, -np.inf), self.item_ids, k, _query_ids(queries), allowed)
 
@@ -184,7 +190,9 @@ class LexicalSettings:
 def lexical_grid(
     k1: Sequence[float] = (0.4, 0.8, 1.6),
     b: Sequence[float] = (0.1, 0.4, 0.75),
-    fields: Sequence[tuple[str, ...]] = (("title",), ("title", "description"), ("title", "title", "description", "brand")),
+    fields: Sequence[tuple[str, ...]] = (
+        ("title",), ("title", "description"), ("title", "title", "description", "brand"),
+    ),
 ) -> list[LexicalSettings]:
     """All combinations of the given values."""
     return [LexicalSettings(*values) for values in itertools.product(k1, b, fields)]
@@ -206,7 +214,9 @@ def tune_lexical(products: pd.DataFrame, judgements: pd.DataFrame, grid: Sequenc
     columns = pd.Index(products["item_id"]).get_indexer(judgements["item_id"])
     table = {}
     for settings in grid:
-        joined = [list(itertools.chain.from_iterable(parts)) for parts in zip(*(terms[field] for field in settings.fields))]
+        joined = [
+            list(itertools.chain.from_iterable(parts)) for parts in zip(*(terms[field] for field in settings.fields))
+        ]
         index = LexicalIndex.build(products["item_id"], joined, settings.k1, settings.b)
         run = judgements[["query_id", "item_id"]].assign(score=index.scores(queries)[rows, columns])
         table[settings] = evaluate(run, judgements, ("ndcg@10",), judged_only=True)["ndcg@10"]
@@ -228,7 +238,9 @@ class DenseIndex:
         """
         ids, vectors = _as_ids(item_ids), np.ascontiguousarray(vectors, dtype=np.float32)
         if vectors.ndim != 2 or len(ids) != len(vectors) or not ids:
-            raise ValueError(f"vectors: shape {vectors.shape} for {len(ids)} items; it must be (items, dimension), not empty")
+            raise ValueError(
+                f"vectors: shape {vectors.shape} for {len(ids)} items; it must be (items, dimension), not empty"
+            )
         wrong = np.flatnonzero(~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3))
         if len(wrong):
             raise ValueError(f"vectors: row {wrong[0]} ({ids[wrong[0]]!r}) has not length 1; use embed")

@@ -104,13 +104,17 @@ def weight_grid(names: Sequence[str], step: float = 0.1) -> list[dict[str, float
     return [{name: count / n for name, count in zip(names, t)} for t in tuples]
 
 
-def _places(judgements: pd.DataFrame, query_ids: Sequence[str], item_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _places(judgements: pd.DataFrame, query_ids: Sequence[str], item_ids: Sequence[str]) -> tuple[
+    np.ndarray, np.ndarray,
+]:
     """Row and column of each judged pair in the arrays of scores."""
     rows = pd.Index(query_ids).get_indexer(judgements["query_id"])
     columns = pd.Index(item_ids).get_indexer(judgements["item_id"])
     if (rows < 0).any() or (columns < 0).any():
         pair = judgements.iloc[int(((rows < 0) | (columns < 0)).argmax())]
-        raise ValueError(f"judgements: query {pair['query_id']!r} or item {pair['item_id']!r} has no scores; see check_links")
+        raise ValueError(
+            f"judgements: query {pair['query_id']!r} or item {pair['item_id']!r} has no scores; see check_links"
+        )
     return rows, columns
 
 
@@ -157,7 +161,8 @@ def tune_candidates(
         relevant: Smallest grade that counts.
         depth: How many candidates get in.
     Returns:
-        Rows by query_id (queries without a relevant item are left out); one column per choice, whose name is its place in the grid.
+        Rows by query_id, without queries that have no relevant item; one column per choice, whose name is its
+        place in the grid.
     """
     good = judgements[judgements["grade"] >= relevant]
     rows, columns = _places(good, query_ids, item_ids)
@@ -169,10 +174,13 @@ def tune_candidates(
     return pd.DataFrame(table).rename_axis("query_id")
 
 
-def fit_weights(table: pd.DataFrame, grid: Sequence[Mapping[str, float]], queries: Iterable[str], draws: int = 200, seed: int = 0) -> dict[str, float]:
+def fit_weights(
+    table: pd.DataFrame, grid: Sequence[Mapping[str, float]], queries: Iterable[str], draws: int = 200, seed: int = 0,
+) -> dict[str, float]:
     """Weights for the given (training) queries: the mean of those that win when the queries are drawn anew.
 
-    Which weights have the highest mean hangs on a few queries; over many resamples of them the choice settles in the middle of what is good.
+    Which weights have the highest mean hangs on a few queries; over many resamples of them the choice settles in the
+    middle of what is good.
 
     Args:
         table: From `tune_mixture` or `tune_candidates`.
@@ -207,7 +215,9 @@ def _checked_pages(names: list[str], features: np.ndarray, offered: np.ndarray |
     wrong = ~np.isfinite(features) & offered[:, :, None]
     if wrong.any():
         page, candidate, column = np.argwhere(wrong)[0]
-        raise ValueError(f"features: {names[column]!r} of candidate {candidate} on page {page} is not finite; fill it first")
+        raise ValueError(
+            f"features: {names[column]!r} of candidate {candidate} on page {page} is not finite; fill it first"
+        )
     return np.where(offered[:, :, None], features, 0.0), offered
 
 
@@ -245,17 +255,20 @@ class ChoiceRanker:
 
         Args:
             features: (pages, candidates, features), finite where offered.
-            clicks: Weight of the click on each candidate, e.g. 1/propensity, or a bool, (pages, candidates); 0 where there was none.
+            clicks: Weight of the click on each candidate, e.g. 1/propensity, or a bool, (pages, candidates); 0 without
+                a click.
             offered: Which candidates were there to be chosen, bool (pages, candidates); all if left out.
         Returns:
             The ranker itself.
         Raises:
-            ValueError: If shapes differ, a feature is not finite, a clicked candidate was not offered, or there is no click.
+            ValueError: If shapes differ, a feature is not finite, a click is on what was not offered, or there is none.
         """
         features, offered = _checked_pages(self.names, features, offered)
         clicks = np.asarray(clicks, dtype=float)
         if clicks.shape != offered.shape or not offered.any():
-            raise ValueError(f"clicks: shape {clicks.shape}, but the pages are {offered.shape}, and something must be offered")
+            raise ValueError(
+                f"clicks: shape {clicks.shape}, but the pages are {offered.shape}, and something must be offered"
+            )
         self.mean, spread = features[offered].mean(axis=0), features[offered].std(axis=0)
         self.spread = np.where(spread > 1e-9, spread, 1.0)  # a constant feature has no say
         self.weights = _fit_logit((features - self.mean) / self.spread, offered, clicks, self.decay)
@@ -270,7 +283,10 @@ class ChoiceRanker:
 
     def table(self) -> pd.DataFrame:
         """What was learned: the weight of each feature on its standardised scale, and on its own."""
-        return pd.DataFrame({"weight": self.weights, "per_unit": self.weights / self.spread}, index=pd.Index(self.names, name="feature"))
+        return pd.DataFrame(
+            {"weight": self.weights, "per_unit": self.weights / self.spread},
+            index=pd.Index(self.names, name="feature"),
+        )
 
     def save(self, folder: Path | str) -> None:
         """Write config.json and ranker.safetensors with checksums, all or nothing."""

@@ -1,0 +1,94 @@
+"""What the cleaning plan must keep, and what its audit may say."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ecomrec.data.cleaning import PLAN, Rule, clean
+from ecomrec.data.sources import Tables, load
+from ecomrec.data.tables import TableError, check, empty
+
+DAY = 86_400_000
+
+
+def _tables(**events):
+    products = check("products", pd.DataFrame({"item_id": ["a", "b"], "title": ["Shoe", "Sock"], "category": ["x", "x"], "price": [10.0, 20.0]}))
+    frame = pd.DataFrame({"event_id": ["1", "2"], "ts": [1_700_000_000_000] * 2, "session_id": ["s", "t"], "kind": ["search", "click"], "item_id": [None, "a"]} | events)
+    return Tables("toy", products, events=check("events", frame))
+
+
+@pytest.fixture(scope="module")
+def shop():
+    return load("shop")
+
+
+def test_cleaning_does_not_depend_on_the_order_of_the_file(shop):
+    shuffled = replace(shop, **{t: getattr(shop, t).sample(frac=1, random_state=1) for t in ("products", "events", "users", "judgements")})
+    (one, audit), (two, other) = clean(shop), clean(shuffled)
+    for table in ("products", "events", "users", "judgements"):
+        pd.testing.assert_frame_equal(getattr(one, table), getattr(two, table))
+    columns = ["rule", "rows_in", "rows_out", "cells_changed"]
+    pd.testing.assert_frame_equal(audit.table()[columns], other.table()[columns])
+
+
+def test_the_audit_adds_up(shop):
+    tables, audit = clean(shop)
+    for table in ("products", "events"):
+        lines = audit.table()[[f" {table}(" in rule for rule in audit.table()["rule"]]]
+        assert lines["rows_in"].iloc[0] == len(getattr(shop, table)) and lines["rows_out"].iloc[-1] == len(getattr(tables, table))
+        assert (lines["rows_in"].iloc[1:].to_numpy() == lines["rows_out"].iloc[:-1].to_numpy()).all()
+
+
+def test_the_input_is_not_changed(shop):
+    before = shop.events.copy()
+    clean(shop)
+    pd.testing.assert_frame_equal(before, shop.events)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_empty_and_tiny_tables_pass(rows):
+    tables = _tables()
+    cleaned, _ = clean(replace(tables, products=tables.products[:1], events=tables.events[:rows]))
+    assert len(cleaned.events) == rows
+    assert clean(Tables("none", empty("products")))[0].products.empty
+
+
+def test_an_anonymous_search_without_item_is_kept():
+    assert len(clean(_tables())[0].events) == 2
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(-3000, 3000), min_size=3, max_size=20))
+def test_events_within_a_year_of_the_middle_stay(days):
+    n = len(days)
+    ts = [1_700_000_000_000 + 40_000 * i + day * DAY for i, day in enumerate(days)]
+    tables = _tables(event_id=list(map(str, range(n))), ts=ts, session_id=[f"s{i}" for i in range(n)], kind=["click"] * n, item_id=["a"] * n)
+    try:
+        kept = set(clean(tables)[0].events["ts"])
+    except TableError as error:
+        assert error.column == "ts"
+    else:
+        middle = pd.Series(ts).median()
+        assert kept == {t for t in ts if abs(t - middle) <= 365 * DAY}
+
+
+def test_a_price_is_filled_from_its_category_or_from_all():
+    products = pd.DataFrame({"item_id": list("abcd"), "title": "x", "category": ["p", "p", "p", "q"], "price": [1.0, 3.0, -1.0, None]})
+    cleaned, _ = clean(Tables("toy", check("products", products)))
+    assert cleaned.products["price"].tolist() == [1.0, 3.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("rule", [
+    Rule("erase", "events", ("ts",), "x"), Rule("drop", "events", ("time",), "x", {"when": "missing"}), Rule("drop", "events", ("ts",), "x", {"when": "odd"}),
+])
+def test_a_rule_that_cannot_run_is_named(rule):
+    with pytest.raises(ValueError, match="cannot be run") as caught:
+        clean(_tables(), [rule])
+    assert str(rule) in str(caught.value)
+
+
+def test_the_plan_is_plain_data():
+    assert len({str(rule) for rule in PLAN}) == len(PLAN) and all(rule.why for rule in PLAN)
