@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNITS', 'RUN_VARIABLE', 'PATHS', 'NAMES_OR_PATHS', 'RunError', 'RunRecorder', 'current', 'defaults', 'read_value',
            'resolve', 'fingerprint', 'NotebookError', 'runs_folder', 'run', 'report', 'find_run', 'runs', 'leaderboard',
-           'compare', 'save_run', 'results_table']
+           'compare', 'save_run', 'Results', 'results_table']
 
 # %% ../nbs/01_lab.ipynb #00000003
 import ast
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
@@ -504,7 +505,7 @@ def _kernel_engine() -> type:
 
     class KernelEngine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, env, folder, start_timeout=60, stderr_file=None, **_):
+        def execute_managed_notebook(cls, nb_man, kernel_name, env, log, start_timeout=60, stderr_file=None, **_):
             # Sockets in the file system, where there can be: kernels that start at once cannot race for a port.
             sockets = {"transport": "ipc", "ip": f"{env['IPYTHONDIR']}/kernel"} if os.name == "posix" else {}
             client = PapermillNotebookClient(
@@ -515,7 +516,7 @@ def _kernel_engine() -> type:
                 stderr_file=stderr_file,
                 config=Config({"KernelManager": sockets}),
             )
-            return client.execute(env=env, cwd=folder)
+            return client.execute(env=env, cwd=env[RUN_VARIABLE], stderr=log)
 
     return KernelEngine
 
@@ -545,20 +546,20 @@ def _execute(name: str, notebook: Path, folder: Path, given: dict, progress: boo
     papermill_engines.register("ecomrec", _kernel_engine())
     out = folder / "run.ipynb"
     plain = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, out)]  # papermill formats paths
-    options = {"parameters": given, "engine_name": "ecomrec", "folder": str(folder), "progress_bar": False}
+    options = {"parameters": given, "engine_name": "ecomrec", "progress_bar": False}
     if progress:
         options |= {"progress_bar": {"desc": name, "file": sys.stderr}, "stderr_file": _Messages()}
     # A reader's own IPython start-up files and history are no part of a run.
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory() as profile, open(folder / "kernel.log", "wb") as log:
         env = os.environ | {RUN_VARIABLE: str(folder), "IPYTHONDIR": profile}
         try:
-            papermill.execute_notebook(*plain, env=env, **options)
+            papermill.execute_notebook(*plain, env=env, log=log, **options)
         except PapermillExecutionError as error:
             said = " ".join(str(error.evalue).split())
             where = f"{name} stopped in its cell [{error.exec_count}]"
             raise NotebookError(f"{where} with {error.ename}: {said[:500]}", out) from error
         except DeadKernelError as error:
-            hint = "most often for want of memory; run it again to go on from its parts"
+            hint = "most often for want of memory (see kernel.log there); run it again to go on from its parts"
             raise NotebookError(f"{name}: its kernel died, {hint}", out) from error
 
 # %% ../nbs/01_lab.ipynb #0000002a
@@ -645,7 +646,8 @@ def _finish(folder: Path, about: dict) -> None:
     hardware = _hardware() | {"gpu": measured["gpu"]}
     write_json(folder / "run.json", about | {"hardware": hardware, "peak_memory_bytes": measured["peak_memory_bytes"]})
     _write_text(folder / "report.html", report(folder))
-    (folder / "kernel.json").unlink()
+    for name in ("kernel.json", "kernel.log"):
+        (folder / name).unlink()
     os.replace(folder / "result.json", folder / "metrics.json")
     for name in ("parts", "checkpoints"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -873,17 +875,38 @@ def save_run(run: Path | str, root: Path | str | None = None, experiments: Path 
     return target
 
 # %% ../nbs/01_lab.ipynb #00000045
+@dataclass(frozen=True)
+class Results:
+    """Numbers of a saved run, drawn as a table in notebooks, on GitHub and on the docs site.
+
+    Args:
+        table: A row a system, a column a metric, as text; empty where nothing is saved.
+        note: Which run it is, or that there is none yet.
+    """
+
+    table: pd.DataFrame
+    note: str
+
+    def _repr_markdown_(self) -> str:
+        lines = [["system", *self.table.columns], ["---"] * (len(self.table.columns) + 1), *self.table.itertuples()]
+        drawn = [f"| {' | '.join(cells)} |" for cells in lines] if len(self.table) else []
+        return "\n".join([*drawn, "", self.note] if drawn else [self.note])
+
+    def __repr__(self) -> str:
+        return f"{self.table.to_string()}\n{self.note}" if len(self.table) else self.note
+
+
 def _with_spread(metrics: dict[str, float], key: str) -> str:
-    """A number with its interval, its spread over seeds, or neither, as text."""
+    """A number with its interval and its spread over seeds, as far as there are, as text."""
     text = f"{metrics[key]:.3f}"
     if f"{key}_low" in metrics and f"{key}_high" in metrics:
-        return f"{text} [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}]"
+        text += f" [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}]"
     return f"{text} ± {metrics[f'{key}_sd']:.3f}" if f"{key}_sd" in metrics else text
 
 
 def results_table(
     name: str, metrics: list[str] | None = None, experiments: Path | str | None = None, **parameters: object
-) -> pd.DataFrame:
+) -> Results:
     """The numbers of the latest saved run of an experiment, as the docs show them.
 
     Args:
@@ -892,16 +915,17 @@ def results_table(
         experiments: Folder of the notebooks; the project's own if left out.
         parameters: Only runs with these values, e.g. source="chorus".
     Returns:
-        A row a system, a column a metric: the number with its interval, or ± its spread over seeds, as text.
+        A row a system, a column a metric: the number with its interval and ± its spread over seeds; a sentence
+        where no run is saved yet.
     Raises:
-        RunError: If no saved run fits, or it lacks a metric.
+        RunError: If the run lacks a metric.
     """
     folder = (Path(experiments) if experiments else home() / "nbs" / "experiments") / "results" / name
     saved = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.run.json")]
     fits = [about for about in saved if about["parameters"] | parameters == about["parameters"]]
     if not fits:
         which = f"{name!r} with {parameters}" if parameters else repr(name)
-        raise RunError(f"no saved run of {which}; save one with `ecomrec runs --save {name}`")
+        return Results(pd.DataFrame(), f"No run of {which} is saved yet; save one with `ecomrec runs --save {name}`.")
     latest = max(fits, key=lambda about: about["started"])
     numbers = json.loads((folder / f"{latest['hash']}.metrics.json").read_text(encoding="utf-8"))
     known = list(dict.fromkeys(key.partition("/")[2] for key in numbers))
@@ -912,4 +936,7 @@ def results_table(
             raise RunError(f"the saved run of {name!r} has no metric {metric!r}{near}; it has: {', '.join(known)}")
         systems = _by_system(numbers, metric)
         columns[metric] = {system: _with_spread(numbers, f"{system}/{metric}") for system in systems}
-    return pd.DataFrame(columns).fillna("").rename_axis("system")
+    order = [key.partition("/")[0] for key in numbers]
+    rows = [system for system in dict.fromkeys(order) if any(system in column for column in columns.values())]
+    table = pd.DataFrame(columns).reindex(rows).fillna("").rename_axis("system")
+    return Results(table, f"Run {name}-{latest['hash']}, {latest['started'][:10]}, {latest['seconds']:.0f} s.")

@@ -429,12 +429,26 @@ def test_a_saved_run_feeds_the_docs(bench, done):
     target = lab.save_run(done, experiments=bench.experiments)
     digest = done.name.rpartition("-")[2]
     assert {path.name for path in target.iterdir()} == {f"{digest}.run.json", f"{digest}.metrics.json"}
-    table = lab.results_table("toy", experiments=bench.experiments, n=50)
-    assert list(table.index) == ["old", "new"] and list(table.columns) == ["ndcg@10"]
-    with pytest.raises(lab.RunError, match="no saved run"):
-        lab.results_table("toy", experiments=bench.experiments, n=51)
+    found = lab.results_table("toy", experiments=bench.experiments, n=50)
+    assert list(found.table.index) == ["old", "new"] and list(found.table.columns) == ["ndcg@10"]
+    lines = found._repr_markdown_().splitlines()
+    assert lines[:2] == ["| system | ndcg@10 |", "| --- | --- |"] and lines[2].startswith("| old | 0.")
+    nothing = lab.results_table("toy", experiments=bench.experiments, n=51)
+    assert nothing.table.empty and nothing._repr_markdown_().startswith("No run of 'toy' with {'n': 51} is saved yet")
     with pytest.raises(lab.RunError, match="did you mean 'ndcg@10'"):
         lab.results_table("toy", ["ndgc@10"], experiments=bench.experiments)
+
+
+def test_a_saved_number_shows_its_interval_and_its_spread(tmp_path):
+    folder = tmp_path / "results" / "toy"
+    folder.mkdir(parents=True)
+    about = {"hash": "0" * 12, "parameters": {"source": "shop"}, "started": "2026-01-01T00:00:00+00:00", "seconds": 1.0}
+    metrics = {"a/mrr": 0.5, "b/mrr": 0.25, "b/mrr_low": 0.2, "b/mrr_high": 0.3, "b/mrr_sd": 0.01, "c/map": 1}
+    lab.write_json(folder / f"{'0' * 12}.run.json", about)
+    lab.write_json(folder / f"{'0' * 12}.metrics.json", metrics)
+    table = lab.results_table("toy", ["mrr", "map"], experiments=tmp_path, source="shop").table
+    assert table["mrr"].to_dict() == {"a": "0.500", "b": "0.250 [0.200, 0.300] ± 0.010", "c": ""}
+    assert table["map"].to_dict() == {"a": "", "b": "", "c": "1.000"}
 
 
 # The report

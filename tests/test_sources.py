@@ -2,8 +2,13 @@
 
 import hashlib
 import http.server
+import itertools
+import json
 import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,6 +17,7 @@ from ecomrec.data import sources
 from ecomrec.data.sources import Source, SourceError, fetch, load
 from ecomrec.data.tables import TableError
 
+COMMAND = [sys.executable, "-c", "import sys; from ecomrec.cli import main; sys.exit(main())"]
 FILES = {"a/products.parquet": b"one" * 1000, "b/second.bin": b"two" * 1000}
 
 
@@ -269,3 +275,24 @@ def test_nothing_is_written_into_a_read_source(tmp_path):
     pd.DataFrame({"item_id": ["a"], "title": ["x"]}).to_parquet(tmp_path / "products.parquet")
     load(str(tmp_path))
     assert os.listdir(tmp_path) == ["products.parquet"]
+
+
+def test_own_files_run_through_the_relevance_experiment(tmp_path):
+    things, colours = ["shoe", "sock", "lamp", "desk", "cup"], ["red", "blue", "green"]
+    shop = [(f"00{i}", f"{colour} {thing}") for i, (thing, colour) in enumerate(itertools.product(things, colours))]
+    pd.DataFrame(shop, columns=["sku", "name"]).to_csv(tmp_path / "products.csv", index=False)
+    judged = [(thing, sku, 4 if thing in name else 1) for thing in things for sku, name in shop[::2]]
+    pd.DataFrame(judged, columns=["words", "sku", "stars"]).to_csv(tmp_path / "judged.csv", index=False)
+    (tmp_path / "mapping.yaml").write_text(
+        "columns:\n  products: {item_id: sku, title: name}\n  judgements: {query: words, item_id: sku, grade: stars}\n"
+        "grades: {1: 0, 2: 1, 3: 2, 4: 3}\nfolds: 4\n"
+    )
+    command = "run relevance -f mapping.yaml -p products products.csv -p judgements judged.csv".split()
+    done = subprocess.run(
+        [*COMMAND, *command], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"ECOMREC_RUNS": str(tmp_path / "runs")},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((Path(done.stdout.splitlines()[-1]) / "metrics.json").read_text())
+    assert metrics["bm25/judged_ndcg@10"] == pytest.approx(1)
+    assert metrics["random/judged_ndcg@10"] < 1
