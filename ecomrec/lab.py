@@ -543,6 +543,8 @@ def _execute(name: str, notebook: Path, folder: Path, given: dict, progress: boo
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
 
+    from ecomrec.data.sources import data_home
+
     papermill_engines.register("ecomrec", _kernel_engine())
     out = folder / "run.ipynb"
     plain = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, out)]  # papermill formats paths
@@ -551,7 +553,8 @@ def _execute(name: str, notebook: Path, folder: Path, given: dict, progress: boo
         options |= {"progress_bar": {"desc": name, "file": sys.stderr}, "stderr_file": _Messages()}
     # A reader's own IPython start-up files and history are no part of a run.
     with tempfile.TemporaryDirectory() as profile, open(folder / "kernel.log", "wb") as log:
-        env = os.environ | {RUN_VARIABLE: str(folder), "IPYTHONDIR": profile}
+        here = {"ECOMREC_DATA": str(data_home().resolve())}  # the kernel stands in another folder than the caller
+        env = os.environ | here | {RUN_VARIABLE: str(folder), "IPYTHONDIR": profile}
         try:
             papermill.execute_notebook(*plain, env=env, log=log, **options)
         except PapermillExecutionError as error:

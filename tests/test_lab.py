@@ -75,6 +75,14 @@ def done(bench) -> Path:
     return bench.run()
 
 
+def test_a_relative_data_folder_is_the_callers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ECOMREC_DATA", "my/data")
+    write_toy(tmp_path / "experiments", f"assert os.environ['ECOMREC_DATA'] == {str(tmp_path.resolve() / 'my/data')!r}")
+    folder = lab.run("toy", {}, root=tmp_path / "runs", experiments=tmp_path / "experiments", progress=False)
+    assert (folder / "metrics.json").exists()
+
+
 # What a recorder keeps
 
 

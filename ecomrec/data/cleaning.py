@@ -85,8 +85,9 @@ def _blank(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) 
 
 # %% ../../nbs/data/06_cleaning.ipynb #00000015
 def _tidy(text: str) -> str:
-    """One code point for one letter, single spaces."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    """Full-width letters and figures in their usual width, single spaces; NFKC would turn Core™ into CoreTM."""
+    narrow = (unicodedata.normalize("NFKC", c) if unicodedata.east_asian_width(c) in "FH" else c for c in unicodedata.normalize("NFC", text))
+    return " ".join("".join(narrow).split())
 
 
 def _usual_spelling(values: pd.Series) -> pd.Series:
