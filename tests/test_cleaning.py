@@ -72,7 +72,31 @@ def test_events_within_a_year_of_the_middle_stay(days):
         assert error.column == "ts"
     else:
         middle = pd.Series(ts).median()
-        assert kept == {t for t in ts if abs(t - middle) <= 365 * DAY}
+        assert kept == {t for t in ts if abs(t - middle) <= 5 * 365 * DAY}
+
+
+def test_ordinary_logs_survive():
+    years = [1_700_000_000_000 + day * DAY for day in range(1095)]
+    n = len(years)
+    tables = _tables(event_id=list(map(str, range(n))), ts=years, session_id=[f"s{i}" for i in range(n)], kind=["click"] * n, item_id=["a"] * n)
+    assert len(clean(tables)[0].events) == n
+    wide = 3 * 48
+    tables = _tables(event_id=list(map(str, range(wide))), ts=[1_700_000_000_000] * wide, session_id=["s"] * wide, kind=["impression"] * wide,
+                     item_id=["a"] * wide, request_id=[f"r{i // 48}" for i in range(wide)], position=[i % 48 + 1 for i in range(wide)])
+    assert len(clean(tables)[0].events) == wide
+    basket = _tables(kind=["purchase"] * 2, item_id=["a"] * 2, session_id=["s"] * 2, price=[5.0, 4.0], quantity=[1, 3])
+    assert len(clean(basket)[0].events) == 2
+
+
+@pytest.mark.parametrize("rule", [
+    Rule("blank", "products", ("n_ratings",), "x", {"when": "outside", "low": 0, "high": 5}), Rule("fill", "products", ("n_ratings",), "x", {"by": "category"}),
+    Rule("fill", "products", ("n_ratings",), "x", {"value": 0}),
+])
+def test_whole_numbers_with_gaps_are_changed_and_counted(rule):
+    tables = _tables()
+    products = tables.products.assign(n_ratings=pd.array([9, None], dtype="Int64"))
+    _, audit = clean(replace(tables, products=products), [rule])
+    assert audit.table()["cells_changed"].tolist() == [1]
 
 
 def test_a_price_is_filled_from_its_category_or_from_all():

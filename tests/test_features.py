@@ -10,7 +10,7 @@ from ecomrec.data.features import pair_features, sum_before, user_features
 ITEMS = [f"i{n}" for n in range(4)]
 PRODUCTS = pd.DataFrame({
     "item_id": ITEMS, "brand": ["a", "a", "b", None], "category": ["x", "y", "x", None], "price": [1.0, 20.0, None, 300.0],
-    "rating": [5.0, None, 3.0, 1.0], "n_ratings": [1, 0, 50, 2], "listed_ts": [0, 0, 50, None],
+    "rating": [5.0, None, 3.0, 1.0], "n_ratings": [1, 0, 50, 2], "listed_ts": [0, 0, 50, None], "snapshot_ts": [0, 90, None, 0],
     "attributes": ['{"gender": "men"}', "{}", None, '{"colour": "red"}'],
 })
 USERS = pd.DataFrame({"user_id": ["u0", "u1"], "age": [30.0, None], "gender": ["female", None]})
@@ -60,6 +60,22 @@ def test_features_are_finite_whatever_is_unknown():
     requests = pd.DataFrame({"user_id": [None, "new"], "ts": [5, 5], "device": [None, None]})
     values, names = pair_features(requests, np.zeros((2, 3), dtype=int), bare, USERS, _log([]))
     assert np.isfinite(values).all() and values.shape == (2, 3, len(names))
+
+
+def test_a_later_snapshot_does_not_reach_an_earlier_request():
+    requests = pd.DataFrame({"user_id": ["u0"], "ts": [5], "device": [None]})
+    changed = PRODUCTS.assign(snapshot_ts=6, rating=[1.0, 2.0, 3.0, 4.0], n_ratings=[5, 6, 7, 8])
+    one, names = pair_features(requests, np.arange(4)[None], PRODUCTS.assign(snapshot_ts=6), USERS, _log([]))
+    two, _ = pair_features(requests, np.arange(4)[None], changed, USERS, _log([]))
+    read = [names.index(name) for name in ("log_votes", "price_level", "dearer", "phone_level")]
+    assert np.array_equal(one[..., read], two[..., read]) and np.ptp(two[0, :, names.index("rating")]) == 0
+
+
+def test_attributes_that_name_no_gender_are_read_all_the_same():
+    said = ["color:red|size:2", '["a"]', '{"gender": ["men"]}', '{"gender": "men"}']
+    requests = pd.DataFrame({"user_id": ["u0"], "ts": [5], "device": [None]})
+    values, names = pair_features(requests, np.arange(4)[None], PRODUCTS.assign(attributes=said), USERS, _log([]))
+    assert values[0, :, names.index("other_gender")].tolist() == [0, 0, 0, 1]
 
 
 def test_an_anonymous_shopper_owns_no_past():

@@ -10,14 +10,15 @@ from ecomrec.data import sources
 from ecomrec.data.cleaning import clean
 from ecomrec.data.pages import page_propensities, plackett_luce
 from ecomrec.data.simulator import load_truth
-from ecomrec.feedback.loop import Arm, Candidates, Pages, click_weights, quality, rounds_of
+from ecomrec.feedback.loop import Arm, Candidates, click_weights, quality, rounds_of
 from ecomrec.model.text import DEFAULT_ENCODER
 
 PRODUCTS = pd.DataFrame({"item_id": ["a", "b", "c"]})
 
 
-def _pages(n, rows):
-    return Pages(pd.DataFrame({"request_id": [f"r{i}" for i in range(n)]}), np.asarray(rows), np.zeros((n, len(rows[0]), 1)), ("x",))
+def _weights(rows, events, clip):
+    requests = pd.DataFrame({"request_id": [f"r{i}" for i in range(len(rows))]})
+    return click_weights(requests, np.asarray(rows), events, PRODUCTS, clip)
 
 
 def _events(rows):
@@ -33,24 +34,24 @@ def test_weighted_clicks_estimate_what_is_wanted_whatever_was_shown():
     shown = pd.DataFrame({"request_id": np.repeat([f"r{i}" for i in range(n)], 2), "item_id": PRODUCTS["item_id"].to_numpy()[drawn.ravel()],
                           "kind": "impression", "propensity": propensity.ravel()})
     events = pd.concat([shown, shown[clicked.ravel()].assign(kind="click")])
-    pages = _pages(n, np.tile(np.arange(3), (n, 1)))
-    corrected = click_weights(pages, events, PRODUCTS, clip=1e9).mean(axis=0) / seen.sum()
-    naive = click_weights(pages, events, PRODUCTS, clip=None).mean(axis=0)
+    rows = np.tile(np.arange(3), (n, 1))
+    corrected = _weights(rows, events, clip=1e9).mean(axis=0) / seen.sum()
+    naive = _weights(rows, events, clip=None).mean(axis=0)
     assert np.allclose(corrected, wanted, atol=0.03) and np.argmax(naive) == 0
 
 
 def test_weights_are_clipped_and_strangers_left_out():
     events = _events([("r0", "a", "impression", 0.01), ("r0", "a", "click", None), ("r0", "z", "impression", 0.5), ("r0", "z", "click", None),
                       ("r9", "b", "impression", 0.5), ("r9", "b", "click", None)])
-    assert click_weights(_pages(1, [[2, 0]]), events, PRODUCTS, clip=20).tolist() == [[0, 20]]
-    assert click_weights(_pages(1, [[2, 1]]), events, PRODUCTS, clip=None).tolist() == [[0, 0]]
+    assert _weights([[2, 0]], events, clip=20).tolist() == [[0, 20]]
+    assert _weights([[2, 1]], events, clip=None).tolist() == [[0, 0]]
 
 
 def test_a_click_without_propensity_cannot_be_corrected():
     events = _events([("r0", "a", "impression", None), ("r0", "a", "click", None)])
-    assert click_weights(_pages(1, [[0]]), events, PRODUCTS, clip=None).sum() == 1
+    assert _weights([[0]], events, clip=None).sum() == 1
     with pytest.raises(ValueError, match="impression of request r0 has no propensity"):
-        click_weights(_pages(1, [[0]]), events, PRODUCTS, clip=5)
+        _weights([[0]], events, clip=5)
 
 
 def test_the_best_page_has_no_regret_and_the_worst_most():
@@ -58,6 +59,12 @@ def test_the_best_page_has_no_regret_and_the_worst_most():
     rows = np.array([[0, 1, 2, 3]])
     best, worst = quality(gains, rows, gains, k=2), quality(-gains, rows, gains, k=2)
     assert best["ndcg@2"][0] == 1 and best["regret"][0] == 0 and np.isclose(worst["regret"][0], 0.8) and worst["ndcg@2"][0] < 0.2
+
+
+def test_equal_scores_are_ordered_alike_by_both_numbers():
+    gains, rows = np.array([[1.0, 0.0, 0.0]]), np.array([[0, 1, 2]])
+    table = quality(np.zeros((1, 3)), rows, gains, k=1)
+    assert table["ndcg@1"][0] == 0 and table["regret"][0] == 1
 
 
 @pytest.fixture(scope="module")

@@ -46,9 +46,9 @@ def _dedupe(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule)
     return frame[~first.duplicated(list(rule.columns)).reindex(frame.index)]
 
 # %% ../../nbs/data/06_cleaning.ipynb #0000000f
-def _too_many(frame: pd.DataFrame, column: str, limit: int, window: int) -> pd.Series:
-    """True for all rows of a key that has more than `limit` events within some window of the clock."""
-    busy = frame.groupby([column, frame["ts"] // window])[column].transform("size") > limit
+def _too_many(frame: pd.DataFrame, column: str, of: str, limit: int, window: int) -> pd.Series:
+    """True for all rows of a key that has more than `limit` values of a column within some window of the clock."""
+    busy = frame.groupby([column, frame["ts"] // window])[of].transform("nunique") > limit
     return frame[column].isin(frame.loc[busy, column].dropna().unique())
 
 
@@ -60,7 +60,7 @@ CONDITIONS: dict[str, Callable[..., pd.Series]] = {
     "unknown": lambda frame, column, tables, known_in: (
         frame[column].notna() & ~frame[column].isin(tables[known_in][column])
     ),
-    "too_many": lambda frame, column, tables, limit, window: _too_many(frame, column, limit, window),
+    "too_many": lambda frame, column, tables, **options: _too_many(frame, column, **options),
 }
 
 
@@ -143,8 +143,8 @@ class Audit:
 def _difference(rule: Rule, before: pd.DataFrame, after: pd.DataFrame) -> dict:
     """The audit line: rows that went, cells that changed, and up to three examples."""
     gone = before.index.difference(after.index)
-    old = before.loc[after.index, list(rule.columns)]
-    changed = (old != after[list(rule.columns)]) & ~(old.isna() & after[list(rule.columns)].isna())
+    old, new = before.loc[after.index, list(rule.columns)], after[list(rule.columns)]
+    changed = ~((old == new).fillna(False).astype(bool) | (old.isna() & new.isna()))
     key = KEYS[rule.table]
     examples = [" ".join(map(str, row)) for row in before.loc[gone[:3], key].itertuples(index=False)]
     examples += [
@@ -158,7 +158,7 @@ def _difference(rule: Rule, before: pd.DataFrame, after: pd.DataFrame) -> dict:
 
 # %% ../../nbs/data/06_cleaning.ipynb #0000001b
 _YEAR = 365 * 86_400_000  # milliseconds
-_COPY = ("ts", "user_id", "session_id", "request_id", "kind", "query", "item_id", "position")
+_COPY = ("ts", "user_id", "session_id", "request_id", "kind", "query", "item_id", "position", "price", "quantity", "stars")
 PLAN: tuple[Rule, ...] = (
     Rule("normalise", "products", ("title",), "one spelling of one thing", {"how": "text"}),
     Rule("normalise", "products", ("brand",), "NORRUN and Norrun are one brand", {"how": "name"}),
@@ -167,9 +167,9 @@ PLAN: tuple[Rule, ...] = (
     Rule("dedupe", "users", ("user_id",), "registered twice"),
     Rule("dedupe", "events", _COPY, "sent twice by the browser"),
     Rule("drop", "products", ("title",), "nothing to show", {"when": "missing"}),
-    Rule("drop", "events", ("ts",), "a clock that was wrong", {"when": "far", "limit": _YEAR}),
+    Rule("drop", "events", ("ts",), "a clock that was wrong", {"when": "far", "limit": 5 * _YEAR}),
     Rule("drop", "events", ("item_id",), "not in the catalogue", {"when": "unknown", "known_in": "products"}),
-    Rule("drop", "events", ("session_id",), "faster than a person", {"when": "too_many", "limit": 120, "window": 60_000}),
+    Rule("drop", "events", ("session_id",), "faster than a person", {"when": "too_many", "of": "request_id", "limit": 10, "window": 60_000}),
     Rule("blank", "products", ("price",), "no price is zero or less", {"when": "not_positive"}),
     Rule("fill", "products", ("price",), "price unknown: the middle of its category", {"by": "category"}),
     Rule("fill", "products", ("brand",), "brand unknown", {"value": "unknown"}),

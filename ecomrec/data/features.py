@@ -42,8 +42,13 @@ _GENDERS = {"women": "female", "men": "male"}
 
 
 def _gender(attributes: str) -> str | None:
-    """The gender that an item's attributes (JSON) name, as the users table writes it."""
-    return _GENDERS.get(json.loads(attributes).get("gender"))
+    """The gender that an item's attributes name, as the users table writes it; None where they are no JSON object or name none."""
+    try:
+        said = json.loads(attributes)
+    except ValueError:
+        return None
+    gender = said.get("gender") if isinstance(said, dict) else None
+    return _GENDERS.get(gender) if isinstance(gender, str) else None
 
 
 def item_statics(products: pd.DataFrame, prior_votes: float = 20.0) -> pd.DataFrame:
@@ -54,8 +59,8 @@ def item_statics(products: pd.DataFrame, prior_votes: float = 20.0) -> pd.DataFr
         prior_votes: Average votes that every rating is shrunk by.
     Returns:
         A row an item in the order of `products`: log_price, price_level (log of the ratio to the category's median price),
-        rating (shrunk, stars), log_votes (log of 1 + ratings), listed_ts (milliseconds), gender (whom the attributes
-        name, as the users table writes it; null for anybody); an unknown price or rating is an ordinary one.
+        rating (shrunk, stars), log_votes (log of 1 + ratings), listed_ts and snapshot_ts (milliseconds, 0 if unknown), gender (whom
+        the attributes name, as the users table writes it; null for anybody); an unknown price or rating is an ordinary one.
     """
     price = np.log(products["price"].astype(float))
     level = price - price.groupby(products["category"].fillna("")).transform("median")
@@ -67,7 +72,7 @@ def item_statics(products: pd.DataFrame, prior_votes: float = 20.0) -> pd.DataFr
         "price_level": level.fillna(0.0).to_numpy(),
         "rating": ((votes * stars.fillna(mean) + prior_votes * mean) / (votes + prior_votes)).to_numpy(),
         "log_votes": np.log1p(votes).to_numpy(),
-        "listed_ts": products["listed_ts"].fillna(0).astype("int64").to_numpy(),
+        **{name: products[name].fillna(0).astype("int64").to_numpy() for name in ("listed_ts", "snapshot_ts")},
         "gender": products["attributes"].map(_gender, na_action="ignore").to_numpy(),
     })
 
@@ -178,20 +183,22 @@ def pair_features(
     who = user_features(users, events, products, requests)
     items = statics.iloc[candidates.ravel()].reset_index(drop=True)
     who = who.iloc[np.repeat(np.arange(n), c)].reset_index(drop=True)
-    gap = items["price_level"] - who["usual_level"]
     at = pd.DataFrame({
         "user_id": np.repeat(requests["user_id"].to_numpy(), c),
         "item_id": items["item_id"], "ts": np.repeat(requests["ts"].to_numpy(), c),
     })
+    at_hand = items["snapshot_ts"] <= at["ts"]  # what was read after the request was not known at the request
+    level = items["price_level"].where(at_hand, 0.0)
+    gap = level - who["usual_level"]
     columns = _tastes(events, products, at) | {
-        "rating": items["rating"],
-        "log_votes": items["log_votes"],
-        "price_level": items["price_level"],
-        "new": at["ts"] - items["listed_ts"] < 30 * DAY,
+        "rating": items["rating"].where(at_hand, statics["rating"].mean()),
+        "log_votes": items["log_votes"].where(at_hand, 0.0),
+        "price_level": level,
+        "new": (at["ts"] - items["listed_ts"]).between(0, 30 * DAY),
         "dearer": gap.clip(lower=0),
         "cheaper": (-gap).clip(lower=0),
         "other_gender": items["gender"].notna() & who["gender"].notna() & (items["gender"] != who["gender"]),
-        "phone_level": items["price_level"] * np.repeat(context["phone"].to_numpy(), c),
+        "phone_level": level * np.repeat(context["phone"].to_numpy(), c),
     }
     columns = {name: np.asarray(columns[name], dtype=float).reshape(n, c) for name in PAIR_FEATURES} | (scores or {})
     return np.stack(list(columns.values()), axis=-1).astype(np.float32), tuple(columns)

@@ -64,19 +64,21 @@ class Candidates:
 # %% ../../nbs/feedback/04_loop.ipynb #0000000e
 @dataclass(frozen=True)
 class Pages:
-    """Requests with their candidates, features and click weights.
+    """Requests with their candidates and features.
 
     Args:
         requests: request_id, ts, user_id, query, device, (requests,).
         rows: Candidates as row numbers of the products table, (requests, candidates).
         features: As of the request, (requests, candidates, features).
         names: Names of the features.
+        offered: Which candidates were on sale at the request, (requests, candidates).
     """
 
     requests: pd.DataFrame
     rows: np.ndarray
     features: np.ndarray
     names: tuple[str, ...]
+    offered: np.ndarray
 
 
 def look_up(requests: pd.DataFrame, shop: Tables, candidates: Candidates, events: pd.DataFrame) -> Pages:
@@ -90,16 +92,24 @@ def look_up(requests: pd.DataFrame, shop: Tables, candidates: Candidates, events
     """
     rows, scores = candidates(requests["query"].fillna("").tolist())
     features, names = pair_features(requests, rows, shop.products, shop.users, events, scores)
-    return Pages(requests, rows, features, names)
+    listed = shop.products["listed_ts"].fillna(0).to_numpy(dtype="int64")
+    return Pages(requests, rows, features, names, listed[rows] <= requests["ts"].to_numpy()[:, None])
 
 
-def click_weights(pages: Pages, events: pd.DataFrame, products: pd.DataFrame, clip: float | None) -> np.ndarray:
-    """Weight of each candidate of each page as a training target; 0 where it was not clicked.
+def click_weights(
+    requests: pd.DataFrame,
+    rows: np.ndarray,
+    events: pd.DataFrame,
+    products: pd.DataFrame,
+    clip: float | None,
+) -> np.ndarray:
+    """Weight of each candidate of each request as a training target; 0 where it was not clicked.
 
     Args:
-        pages: The pages, from `look_up`.
+        requests: The requests, with their request_id.
+        rows: Candidates of each as row numbers of `products`, (requests, candidates).
         events: The log, with `propensity` on the impressions.
-        products: The products table that `pages.rows` points into.
+        products: The products table.
         clip: Largest weight of a click; None believes every click the same (naive).
     Returns:
         (requests, candidates) of float.
@@ -116,15 +126,15 @@ def click_weights(pages: Pages, events: pd.DataFrame, products: pd.DataFrame, cl
         bad = clicks.loc[clicks["propensity"].isna(), "request_id"].iloc[0]
         raise ValueError(f"events: the clicked impression of request {bad} has no propensity; train with clip=None or log it")
     weight = np.ones(len(clicks)) if clip is None else np.minimum(1 / clicks["propensity"].to_numpy(dtype=float), clip)
-    request = pd.Index(pages.requests["request_id"]).get_indexer(clicks["request_id"])
+    request = pd.Index(requests["request_id"]).get_indexer(clicks["request_id"])
     item = pd.Index(products["item_id"]).get_indexer(clicks["item_id"])
     ours, item, weight = request[request >= 0], item[request >= 0], weight[request >= 0]
-    place = pages.rows[ours] == item[:, None]
-    weights = np.zeros(pages.rows.shape)
+    place = rows[ours] == item[:, None]
+    weights = np.zeros(rows.shape)
     weights[ours[place.any(axis=1)], place.argmax(axis=1)[place.any(axis=1)]] = weight[place.any(axis=1)]
     return weights
 
-# %% ../../nbs/feedback/04_loop.ipynb #00000017
+# %% ../../nbs/feedback/04_loop.ipynb #00000019
 def quality(scores: np.ndarray, rows: np.ndarray, gains: np.ndarray, k: int = 10) -> pd.DataFrame:
     """How good the best page by these scores is, against the true gains of the whole catalogue.
 
@@ -138,19 +148,19 @@ def quality(scores: np.ndarray, rows: np.ndarray, gains: np.ndarray, k: int = 10
     """
     everywhere = np.full(gains.shape, -np.inf)
     np.put_along_axis(everywhere, rows, scores, axis=1)
-    page = np.take_along_axis(rows, np.argsort(-scores, axis=1, kind="stable")[:, :k], axis=1)
+    page = np.argsort(everywhere, axis=1, kind="stable")[:, : -k - 1 : -1]  # of equal scores the later column, as ndcg does
     best = -np.sort(-gains, axis=1)[:, :k]
     regret = best.sum(axis=1) - np.take_along_axis(gains, page, axis=1).sum(axis=1)
     return pd.DataFrame({f"ndcg@{k}": ndcg(everywhere, gains, k), "regret": regret})
 
-# %% ../../nbs/feedback/04_loop.ipynb #0000001c
+# %% ../../nbs/feedback/04_loop.ipynb #0000001e
 class Arm:
     """One learner in the loop: a ranker, the weight that it gives to clicks, and the log of the pages that it filled.
 
     Args:
         shop: The clean tables that all arms start from; its events are the first log.
         candidates: Finds the candidates.
-        weigh: Target weights of pages, given the pages, the events and the products, as `click_weights` with its clip set.
+        weigh: Target weights, given requests, their candidates' rows, the events and the products: `click_weights` with its clip set.
         name: Stands as `policy` in the log.
     """
 
@@ -159,19 +169,19 @@ class Arm:
         self.events, self.ranker = shop.events, None
 
     def train(self) -> "Arm":
-        """Fit the ranker on all searches of the log that were clicked on."""
-        searches = self.events[(self.events["kind"] == "search") & self.events["query"].notna()]
-        clicked = self.events.loc[self.events["kind"] == "click", "request_id"]
-        asked = searches[searches["request_id"].isin(clicked)].reset_index(drop=True)
-        pages = look_up(asked, self.shop, self.candidates, self.events)
-        weights = self.weigh(pages, self.events, self.shop.products)
-        self.ranker = ChoiceRanker(pages.names).fit(pages.features, weights)
+        """Fit the ranker on all searches of the log that the weights say something about."""
+        asked = self.events[(self.events["kind"] == "search") & self.events["query"].notna()]
+        rows, _ = self.candidates(asked["query"].tolist())
+        weights = self.weigh(asked, rows, self.events, self.shop.products)
+        taught = weights.any(axis=1)
+        pages = look_up(asked[taught].reset_index(drop=True), self.shop, self.candidates, self.events)
+        self.ranker = ChoiceRanker(pages.names).fit(pages.features, weights[taught], pages.offered | (weights[taught] > 0))
         return self
 
     def scores(self, requests: pd.DataFrame) -> tuple[np.ndarray, Pages]:
         """Score of each candidate for each request, as of the request, and the pages looked up."""
         pages = look_up(requests, self.shop, self.candidates, self.events)
-        return self.ranker.scores(pages.features), pages
+        return self.ranker.scores(pages.features, pages.offered), pages
 
     def fill(self, requests: pd.DataFrame, seed: int, k: int = 10, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """Draw a page for each request: item ids and the exact probability of each at its place, both (requests, k)."""
@@ -185,7 +195,7 @@ class Arm:
         self.events = pd.concat([self.events, answers], ignore_index=True)
         return self.train()
 
-# %% ../../nbs/feedback/04_loop.ipynb #00000021
+# %% ../../nbs/feedback/04_loop.ipynb #00000022
 def rounds_of(
     arm: Arm,
     truth: Truth,
