@@ -377,6 +377,8 @@ def resolve(
         if key not in known:
             near = _closest(str(key), list(known))
             raise RunError(f"{name} has no parameter {key!r}{near}; it has: {', '.join(known)}")
+    if "source" in known and "source" not in given and given.get("products") and given.get("judgements"):
+        given["source"] = "files"  # with both tables given, nothing of another source is read
     fitted = {key: _fitted(key, given.get(key, default), default) for key, default in known.items()}
     return {key: _located(key, value, known[key]) for key, value in fitted.items()}
 

@@ -86,3 +86,14 @@ def test_a_killed_writer_leaves_no_incomplete_folder(tmp_path):
     writer.wait()
     whole = [p for p in tmp_path.iterdir() if p == target or p.name.endswith(".old")]
     assert whole and all(verify(p) for p in whole), "the last complete version is there, in place or as .old"
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("mine"), lambda p: (p.mkdir(), (p / "thesis.txt").write_text("mine"))])
+def test_what_is_not_ours_is_never_replaced(tmp_path, make):
+    target = tmp_path / "target"
+    make(target)
+    with pytest.raises(ArtefactError, match="nothing was touched"):
+        with writing(target) as half:
+            (half / "x").write_text("new")
+    text = target.read_text() if target.is_file() else (target / "thesis.txt").read_text()
+    assert text == "mine" and [p.name for p in tmp_path.iterdir()] == ["target"]

@@ -1,4 +1,4 @@
-"""Every notebook runs on a fresh kernel. Experiments are run with their small sizes by the tests of the lab."""
+"""Every notebook runs on a fresh kernel. Experiments are run with their small sizes by test_experiments."""
 
 import sys
 from configparser import ConfigParser

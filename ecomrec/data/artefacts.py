@@ -59,8 +59,12 @@ def writing(folder: Path | str) -> Iterator[Path]:
         folder: The folder to make or replace.
     Yields:
         A temporary folder beside it to write into.
+    Raises:
+        ArtefactError: If something else stands there: only what `writing` wrote, or an empty folder, is replaced.
     """
     folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST).is_file() or not any(folder.iterdir()))):
+        raise ArtefactError(f"{folder}: is there already and no saved folder (it has no {MANIFEST}); name another, nothing was touched")
     folder.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -78,7 +82,7 @@ def writing(folder: Path | str) -> Iterator[Path]:
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
-# %% ../../nbs/data/02_artefacts.ipynb #00000010
+# %% ../../nbs/data/02_artefacts.ipynb #00000012
 def verify(folder: Path | str) -> dict[str, str]:
     """Check a saved folder against its manifest.
 
@@ -107,7 +111,7 @@ def verify(folder: Path | str) -> dict[str, str]:
             raise ArtefactError(f"{folder / name}: {damage}, save it again")
     return manifest
 
-# %% ../../nbs/data/02_artefacts.ipynb #00000013
+# %% ../../nbs/data/02_artefacts.ipynb #00000015
 def home() -> Path:
     """The folder with `nbs/` and `data/`: the repository, or the copies inside an installed package."""
     package = Path(ecomrec.__file__).resolve().parent

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAY', 'START', 'REGIONS', 'EXAMINATION', 'DIRT', 'Settings', 'Truth', 'respond', 'Shop', 'simulate', 'write_shop',
-           'load_truth']
+           'load_truth', 'draw']
 
 # %% ../../nbs/data/04_simulator.ipynb #00000003
 import hashlib
@@ -13,6 +13,7 @@ import re
 import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 
@@ -861,3 +862,20 @@ def load_truth(folder: str | Path) -> Truth:
     world = json.loads((folder / "truth" / "world.json").read_text(encoding="utf-8"))
     frames = {name: pd.read_parquet(folder / "truth" / f"{name}.parquet") for name in _TRUTH}
     return Truth(world["seed"], Settings(**world["settings"]), **frames)
+
+# %% ../../nbs/data/04_simulator.ipynb #00000047
+def draw(product: pd.Series) -> str:
+    """A picture of a product, drawn from its attributes.
+
+    Args:
+        product: A row of the products table, with attributes (JSON) and category.
+    Returns:
+        An SVG element of 120 x 90 pixels: a tile in its colour (silver if it has none) with the leaf of its category.
+    """
+    colour = json.loads(product["attributes"]).get("colour", "silver")
+    leaf = escape(product["category"].split(" > ")[-1])
+    return (
+        f'<svg width="120" height="90" role="img" aria-label="{leaf}"><rect width="116" height="86" x="2" y="2" rx="12" fill="{escape(colour)}" '
+        f'stroke="gray"/><rect width="116" height="24" x="2" y="62" fill="white" fill-opacity=".85"/>'
+        f'<text x="60" y="78" font-size="12" text-anchor="middle" fill="black">{leaf}</text></svg>'
+    )

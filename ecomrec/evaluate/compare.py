@@ -222,10 +222,10 @@ def compare_systems(
 
 # %% ../../nbs/evaluate/02_compare.ipynb #0000002a
 def flat(table: pd.DataFrame, metric: str) -> dict[str, float]:
-    """A comparison as flat numbers: `system/metric`, and beside it `_low`, `_high`, `_sd`, `_p`.
+    """A comparison as flat numbers: `system/metric`, and beside it `_low`, `_high`, `_sd`, `_p`, `_p_holm`.
 
     Args:
-        table: One row a system; `mean`, and where known `low`, `high`, `sd`, `p`, as from `compare_systems`.
+        table: One row a system; `mean`, and where known `low`, `high`, `sd`, `p`, `p_holm`, as from `compare_systems`.
         metric: Name of the metric, with its slice, such as `ndcg@10` or `ndcg@10[cold=1]`.
     Returns:
         Numbers by name; what is NaN is left out.
@@ -234,7 +234,7 @@ def flat(table: pd.DataFrame, metric: str) -> dict[str, float]:
     """
     if "mean" not in table:
         raise ValueError(f"table: column 'mean' is missing; it has {list(table.columns)}")
-    suffixes = {"mean": "", "low": "_low", "high": "_high", "sd": "_sd", "p": "_p"}
+    suffixes = {"mean": "", "low": "_low", "high": "_high", "sd": "_sd", "p": "_p", "p_holm": "_p_holm"}
     return {
         f"{system}/{metric}{suffixes[column]}": float(value)
         for system, row in table.iterrows()

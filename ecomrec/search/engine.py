@@ -23,10 +23,9 @@ from sentence_transformers import SentenceTransformer
 from ..data.artefacts import ArtefactError, verify, write_json, writing
 from ..data.tables import check
 from ..model.text import DEFAULT_ENCODER, embed, load_encoder, product_text, unknown_share
-from .index import DenseIndex, LexicalIndex, LexicalSettings, lexical_grid, top_k, tune_lexical
-from ecomrec.search.ranking import (
-    candidates, fit_weights, mixture, scaled, staged, tune_candidates, tune_mixture, weight_grid,
-)
+from .index import DenseIndex, LexicalIndex, LexicalSettings, lexical_grid, top_k, tune_lexical, tokenise
+from .ranking import candidates, fit_weights, mixture, scaled
+from .ranking import staged, tune_candidates, tune_mixture, weight_grid
 
 # %% ../../nbs/search/04_engine.ipynb #00000006
 @dataclass(frozen=True)
@@ -313,10 +312,11 @@ class Engine:
             FilterError: If a filter does not fit the table.
             ValueError: If the query is no text or k is not positive.
         """
-        if not isinstance(query, str):
-            raise ValueError(f"query must be a text, not {query!r}")
+        if not isinstance(query, str) or not isinstance(k, int):
+            raise ValueError(f"query must be a text and k a whole number, not {query!r} and {k!r}")
+        query = query.encode("utf-8", "replace").decode()  # half a character pair is no text
         allowed = allowed_rows(self.products, filters)
-        if not query.strip():
+        if not tokenise([query])[0]:  # nothing to look for, not a letter and not a figure
             return make_page(
                 self.products, query, best_rated(self.products, allowed, k), "No query: the best rated first.",
             )

@@ -35,7 +35,7 @@ SECTIONS = {
 # Files outside nbs/ that the notebooks may link to, and their place on the site.
 PROJECT = {
     "README.zh.md": ("project/readme_zh.md", "中文"),
-    "data/shop/README.md": ("project/data_card.md", "The bundled shop"),
+    "data/README.md": ("project/data_card.md", "The bundled shop"),
     "CONTRIBUTING.md": ("project/contributing.md", "Contributing"),
     "CHANGELOG.md": ("project/changelog.md", "Changelog"),
 }

@@ -1,0 +1,47 @@
+"""The experiments themselves, with their small sizes: what `make demo` runs must run, and give the same numbers twice."""
+
+import json
+
+import pytest
+
+from ecomrec import lab
+from ecomrec.data import sources
+
+SMALL = {"closed_loop": {"requests_per_round": 300, "held_out_requests": 100, "rounds": 2}, "relevance": {}}
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
+    file = lab.home() / "nbs" / "experiments" / f"{name}.demo.yaml"
+    folder = lab.run(name, SMALL[name], file=file, root=tmp_path, progress=False)
+    first = metrics(folder)
+    assert metrics(lab.run(name, SMALL[name], file=file, root=tmp_path, again=True, progress=False)) == first
+    for kept in ("run.json", "run.ipynb", "report.html", "per_query.parquet", "engine/manifest.json"):
+        assert (folder / kept).is_file()
+    if name == "closed_loop":
+        assert first["random/ndcg@10"] < first["first_round/ndcg@10"] < first["corrected/ndcg@10"] < first["oracle/ndcg@10"] == 1
+        assert first["oracle/regret"] == 0 < first["best_candidates/regret"] < first["random/regret"]
+    else:
+        assert first["random/judged_ndcg@10"] < min(first[f"{rung}/judged_ndcg@10"] for rung in ("bm25", "zero_shot", "hybrid"))
+        assert {"hybrid/judged_ndcg@10[language=zh]", "hybrid/judged_ndcg@10[language=en]", "hybrid/kappa"} <= set(first)
+
+
+@pytest.mark.slow
+def test_search_on_real_products_keeps_its_level(tmp_path):
+    if not sources.is_available("chorus"):
+        pytest.skip("Chorus is not in ECOMREC_DATA")
+    found = metrics(lab.run("relevance", {"source": "chorus"}, root=tmp_path, progress=False))
+    assert abs(found["random/judged_ndcg@10"] - 0.588) <= 0.001
+    assert found["bm25/judged_ndcg@10"] >= 0.81 and found["zero_shot/judged_ndcg@10"] >= 0.90
+    assert found["hybrid/judged_ndcg@10_high"] >= found["zero_shot/judged_ndcg@10"] and found["hybrid/recall@100"] >= 0.90
+
+
+@pytest.mark.slow
+def test_corrected_learning_beats_naive_in_every_seed(tmp_path):
+    found = metrics(lab.run("closed_loop", {}, root=tmp_path, progress=False))
+    gap, spread = found["corrected_minus_naive/ndcg@10"], found["corrected_minus_naive/ndcg@10_sd"]
+    assert gap > 2 * spread and found["corrected/ndcg@10"] < found["best_candidates/ndcg@10"]
