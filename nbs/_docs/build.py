@@ -84,7 +84,7 @@ def _stage_notebook(notebook, source: Path, target: Path) -> None:
             code, outputs = shown(cell)
             if not code and not outputs:
                 continue
-            cell.source, cell.outputs = code, outputs
+            cell.source, cell.outputs = code or "pass", outputs  # of a cell without code the reader would drop the output too
             if not code:
                 cell.metadata["tags"] = [*cell.metadata.get("tags", []), "remove-input"]
         elif cell.cell_type == "markdown":
