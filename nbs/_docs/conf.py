@@ -27,6 +27,7 @@ extensions = [
 
 # Notebooks: the stored outputs are shown, nothing is executed.
 nb_execution_mode = "off"
+nb_render_markdown_format = "gfm"  # tables in outputs
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_fence_as_directive = ["mermaid"]
