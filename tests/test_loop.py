@@ -94,3 +94,16 @@ def test_served_pages_are_logged_with_their_probabilities(world):
     assert len(shown) == items.size and shown["propensity"].between(0, 1, inclusive="right").all() and set(shown["policy"]) == {"naive-1"}
     first = shown[shown["request_id"] == asked["request_id"][0]]
     assert first["item_id"].tolist() == items[0].tolist() and np.allclose(first["propensity"].astype(float), propensities[0])
+
+
+def test_candidates_do_not_depend_on_what_was_asked_before(world):
+    shop, truth, _ = world
+    products = shop.products.head(60)
+    few = Candidates(products, DEFAULT_ENCODER, n=20)
+    queries = truth.queries["query"].head(12).tolist()
+    together = few(queries)
+    few._found.clear()
+    for query in reversed(queries):
+        few([query])
+    apart = few(queries)
+    assert np.array_equal(together[0], apart[0]) and all(np.array_equal(together[1][k], apart[1][k]) for k in ("words", "text"))

@@ -40,7 +40,9 @@ class Candidates:
 
     def _look_up(self, queries: list[str]) -> None:
         """Find the candidates of queries that were not asked before."""
-        words, text = self.lexical.scores(queries), self.dense.scores(embed(self.encoder, queries))
+        # One by one: in a batch a score's last bits depend on its neighbours, and so on what was asked before.
+        text = np.concatenate([self.dense.scores(embed(self.encoder, [query])) for query in queries])
+        words = self.lexical.scores(queries)
         words = words / np.maximum(words.max(axis=1, keepdims=True), 1e-9)
         both = mixture({"words": words, "text": text}, {"words": 0.5, "text": 0.5})
         rows = np.argsort(-both, axis=1, kind="stable")[:, : self.n]
