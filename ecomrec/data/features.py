@@ -58,7 +58,7 @@ def item_statics(products: pd.DataFrame, prior_votes: float = 20.0) -> pd.DataFr
         products: The products table, (items,).
         prior_votes: Average votes that every rating is shrunk by.
     Returns:
-        A row an item in the order of `products`: log_price, price_level (log of the ratio to the category's median price),
+        A row an item in the order of `products`: item_id, price_level (log of the ratio to the category's median price),
         rating (shrunk, stars), log_votes (log of 1 + ratings), listed_ts and snapshot_ts (milliseconds, 0 if unknown), gender (whom
         the attributes name, as the users table writes it; null for anybody); an unknown price or rating is an ordinary one.
     """
