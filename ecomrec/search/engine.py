@@ -24,6 +24,7 @@ from ..data.artefacts import ArtefactError, verify, write_json, writing
 from ..data.tables import check
 from ..model.text import DEFAULT_ENCODER, embed, load_encoder, product_text, unknown_share
 from .index import DenseIndex, LexicalIndex, LexicalSettings, lexical_grid, top_k, tune_lexical, tokenise
+from .query import Speller, normalise_query, whole_words
 from .ranking import candidates, fit_weights, mixture, scaled
 from .ranking import staged, tune_candidates, tune_mixture, weight_grid
 
@@ -258,6 +259,7 @@ class Engine:
     ):
         self.products, self.lexical, self.dense = products.reset_index(drop=True), lexical, dense
         self.encoder, self.recipe, self.encoder_name = encoder, recipe, encoder_name
+        self.speller = Speller.from_products(self.products, () if encoder is None else whole_words(encoder))
 
     @classmethod
     def from_products(
@@ -301,28 +303,33 @@ class Engine:
         silent = (voices["words"] == 0) & (voices["attributes"] == 0) & (readable == 0)[:, None]
         return np.where(silent, -np.inf, scores)
 
-    def search(self, query: str, k: int = 10, filters: Mapping[str, Any] | None = None) -> Page:
+    def search(
+        self, query: str, k: int = 10, filters: Mapping[str, Any] | None = None, spelling: bool = True,
+    ) -> Page:
         """The best k products for a query.
 
         Args:
             query: Words in any language; an empty one shows the best rated products.
             k: Most products on the page.
             filters: See `allowed_rows`; applied before the cut, so a page is full wherever enough products pass.
+            spelling: Search for the query as the `Speller` corrects it; the page's note says so.
         Raises:
             FilterError: If a filter does not fit the table.
             ValueError: If the query is no text or k is not positive.
         """
         if not isinstance(query, str) or not isinstance(k, int):
             raise ValueError(f"query must be a text and k a whole number, not {query!r} and {k!r}")
-        query = query.encode("utf-8", "replace").decode()  # half a character pair is no text
+        query = normalise_query(query)
         allowed = allowed_rows(self.products, filters)
         if not tokenise([query])[0]:  # nothing to look for, not a letter and not a figure
             return make_page(
                 self.products, query, best_rated(self.products, allowed, k), "No query: the best rated first.",
             )
-        best = top_k(self.scores([query], allowed), self.products["item_id"], k)
+        searched = self.speller.correct(query) if spelling else query
+        best = top_k(self.scores([searched], allowed), self.products["item_id"], k)
         why = "No product passes the filters." if not allowed.any() else "No product holds these words."
-        return make_page(self.products, query, best, why if best.empty else "")
+        said = f'showing results for "{searched}" instead of "{query}"' if searched != query else ""
+        return make_page(self.products, query, best, why if best.empty else said)
 
     def save(self, folder: Path | str) -> None:
         """Write the engine to a folder with checksums, all or nothing; see `write_engine`."""
