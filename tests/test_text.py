@@ -1,6 +1,8 @@
 """Text encoders and losses: what a reader of the notebooks need not see."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertForSequenceClassification
 
 from ecomrec.data.artefacts import ArtefactError, writing
 from ecomrec.model import text
 from ecomrec.model.losses import choice_loss, clicks_loss
-from ecomrec.model.text import EncoderError, embed, has_bfloat16, load_encoder, product_text, unknown_share
+from ecomrec.model.text import EncoderError, embed, has_bfloat16, load_encoder, plain, product_text, unknown_share
 
 PACKAGE = text._OFFLINE[text.DEFAULT_ENCODER][0]
 
@@ -87,6 +90,113 @@ def test_weights_that_are_a_pickle_are_refused(encoder, tmp_path):
     with pytest.raises(EncoderError):
         load_encoder(str(folder))
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def saved(encoder, tmp_path):
+    """A saved encoder's folder, to be spoilt."""
+    folder = tmp_path / "saved"
+    encoder.save(str(folder), create_model_card=False)
+    return folder
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_folder_without_a_model_says_what_it_lacks(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EncoderError, match="neither modules.json nor config.json"):
+        load_encoder(tmp_path / "empty", device="cpu")
+    (tmp_path / "half").mkdir()
+    shutil.copy(saved / "config.json", tmp_path / "half")
+    with pytest.raises(EncoderError, match="its weights, model.safetensors, are missing"):
+        load_encoder(str(tmp_path / "half"), device="cpu")
+    (saved / "pytorch_model.bin").write_bytes((saved / "model.safetensors").read_bytes())
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(EncoderError, match="pytorch_model.bin is a pickle"):
+        load_encoder(str(saved), device="cpu")
+    (saved / "config.json").unlink()
+    with pytest.raises(EncoderError, match="config.json is missing"):
+        load_encoder(str(saved), device="cpu")
+
+
+def test_weights_that_do_not_fit_the_configuration_are_refused(saved):
+    kept = (saved / "config.json").read_text()
+    edit(saved / "config.json", hidden_size=192)
+    with pytest.raises(EncoderError, match=r"weights have another shape .* with \(384,\) for \(192,\)"):
+        load_encoder(str(saved), device="cpu")
+    (saved / "config.json").write_text(kept)
+    edit(saved / "config.json", num_hidden_layers=7)
+    with pytest.raises(EncoderError, match=r"16 weights are missing in the file, the first is encoder\.layer\.6"):
+        load_encoder(str(saved), device="cpu")
+
+
+@pytest.mark.parametrize("spoil", ["cut short", "no JSON"])
+def test_files_that_cannot_be_read_are_refused(saved, spoil):
+    if spoil == "cut short":
+        weights = (saved / "model.safetensors").read_bytes()
+        (saved / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    else:
+        (saved / "config.json").write_text("{")
+    with pytest.raises(EncoderError, match="cannot be opened"):
+        load_encoder(str(saved), device="cpu")
+
+
+def test_a_cross_encoder_is_refused(saved, tmp_path):
+    folder = tmp_path / "cross"
+    BertForSequenceClassification.from_pretrained(saved, num_labels=1).save_pretrained(folder)
+    with pytest.raises(EncoderError, match=r"cross-encoder \(BertForSequenceClassification\)"):
+        load_encoder(str(folder), device="cpu")
+    edit(saved / "config_sentence_transformers.json", model_type="CrossEncoder")
+    with pytest.raises(EncoderError, match="cross-encoder"):
+        load_encoder(str(saved), device="cpu")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(encoder, saved):
+    wider = load_encoder(str(saved), device="cpu")
+    wider.tokenizer.add_tokens(["swiftfoot", "softsole"])
+    wider.tokenizer.save_pretrained(saved)
+    with pytest.raises(EncoderError, match="30524 word pieces and its embedding table 30522 rows"):
+        load_encoder(str(saved), device="cpu")
+    wider[0].model.resize_token_embeddings(30528)  # more rows than words is what many models have
+    wider.save(str(saved), create_model_card=False)
+    assert np.array_equal(embed(load_encoder(str(saved), device="cpu"), ["red shoes"]), embed(encoder, ["red shoes"]))
+    for path in [*saved.glob("tokenizer*"), *saved.glob("vocab*")]:
+        path.unlink()
+    with pytest.raises(EncoderError, match="tokenizer knows no word"):
+        load_encoder(str(saved), device="cpu")
+
+
+def test_a_device_that_is_not_there_is_not_the_folders_fault(saved):
+    with pytest.raises(RuntimeError) as refused:
+        load_encoder(str(saved), device="no such device")
+    assert not isinstance(refused.value, EncoderError)
+
+
+def test_an_empty_title_has_a_vector(encoder):
+    vectors = embed(encoder, ["", "   ", "red shoes"])
+    assert np.isfinite(vectors).all() and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.allclose(vectors[0], vectors[1], atol=1e-5) and vectors[0] @ vectors[2] < 0.5
+
+
+SENTENCE = "Light rain jacket, size 42, packed in its own pocket. "
+
+
+@pytest.mark.parametrize(
+    "text", [SENTENCE * 1900, "跑步鞋" * 34_000, "\u2163" * 100_000, " " * 100_000 + "red shoes", "x" * 100_000 + " red"],
+    ids=["words", "Chinese", "compatibility signs", "spaces", "one long word"],
+)
+def test_a_description_of_100_000_letters_has_the_vector_of_its_start(encoder, text):
+    assert len(text) >= 100_000
+    assert np.allclose(embed(encoder, [text], precision="float32"), encoder.encode([plain(text)]), atol=1e-5)
+
+
+def test_long_texts_are_read_no_further_than_needed(encoder):
+    limit = 20 * encoder.max_seq_length
+    assert text._head(encoder, SENTENCE * 1900) == (SENTENCE * 1900)[:limit]
+    for kept in [SENTENCE * 20, " " * 100_000 + "red shoes", "x" * 100_000 + " red"]:  # the start alone says too little
+        assert text._head(encoder, kept) == kept
 
 
 def test_long_texts_are_cut(encoder):

@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
+from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from ..data.artefacts import sha256, verify
@@ -77,12 +79,14 @@ class EncoderError(ValueError):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the loader's progress bar off the page: loading takes less than a second."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+    """Keep the loader's progress bar and its table of weights off the page; what is wrong in the table becomes an error."""
+    was_on, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if was_on:
             transformers_logging.enable_progress_bar()
 
@@ -106,6 +110,71 @@ def _locate(name: str) -> str:
             return str(path)
     return name
 
+# %% ../../nbs/model/03_text.ipynb #81bb1b83
+def _bert(folder: Path) -> Path | None:
+    """Where a folder keeps the configuration and weights of its BERT; None where it has none of its own."""
+    if (folder / "modules.json").exists():
+        first = json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]
+        if not first["type"].endswith(".Transformer"):
+            return None
+        folder = folder / first["path"]
+    return None if (folder / "adapter_config.json").exists() else folder
+
+
+def _folder_flaw(folder: Path) -> str:
+    """What keeps a folder from being a bi-encoder's, as far as can be seen from its files; empty if nothing does."""
+    if not any((folder / name).exists() for name in ("modules.json", "config.json", "adapter_config.json")):
+        return "the folder has neither modules.json nor config.json, so no model was saved in it"
+    bert = _bert(folder)
+    if bert is None:
+        return ""
+    if not (bert / "config.json").exists():
+        return "config.json is missing, which says how large the model is"
+    kinds = json.loads((bert / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    saved = folder / "config_sentence_transformers.json"
+    saved_as = json.loads(saved.read_text(encoding="utf-8")).get("model_type") if saved.exists() else None
+    if saved_as == "CrossEncoder" or any(kind.endswith("ForSequenceClassification") for kind in kinds):
+        return f"this is a cross-encoder ({', '.join(kinds)}), which scores pairs of texts and has no vector for one"
+    if not any(bert.glob("*.safetensors")):
+        pickles = sorted(path.name for path in bert.glob("*.bin"))
+        return "its weights, model.safetensors, are missing" + (
+            f"; {pickles[0]} is a pickle, which can run code: save it as safetensors" if pickles else ""
+        )
+    return ""
+
+
+def _weights_flaw(folder: Path, kind: type) -> str:
+    """Which weights would stay random because the file lacks them or has them in another shape; empty if none."""
+    _, report = kind.from_pretrained(
+        _bert(folder), use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+    )
+    other = sorted(report["mismatched_keys"])
+    if other:
+        weight, found, expected = other[0]
+        return (
+            f"{len(other)} weights have another shape than config.json says, "
+            f"the first is {weight} with {tuple(found)} for {tuple(expected)}"
+        )
+    # The pooler is BERT's own; no vector passes through it.
+    missing = sorted(weight for weight in report["missing_keys"] if not weight.startswith("pooler."))
+    return f"{len(missing)} weights are missing in the file, the first is {missing[0]}" if missing else ""
+
+
+def _tokenizer_flaw(encoder: SentenceTransformer) -> str:
+    """Whether the tokenizer knows words, and only such as have a row in the embedding table; empty if so."""
+    if not hasattr(encoder[0], "model") or not hasattr(encoder.tokenizer, "all_special_ids"):
+        return ""
+    ids = set(encoder.tokenizer.get_vocab().values())
+    if ids <= set(encoder.tokenizer.all_special_ids):
+        return "its tokenizer knows no word; are tokenizer.json or vocab.txt missing?"
+    try:
+        rows = encoder[0].model.get_input_embeddings().weight.shape[0]
+    except (AttributeError, NotImplementedError):  # a model of pictures and texts has no one table
+        return ""
+    if max(ids) >= rows:
+        return f"its tokenizer has {max(ids) + 1} word pieces and its embedding table {rows} rows; they do not belong together"
+    return ""
+
 # %% ../../nbs/model/03_text.ipynb #0000000f
 def load_encoder(name: str = DEFAULT_ENCODER, device: str | None = None, max_tokens: int = 64) -> SentenceTransformer:
     """Open a text encoder: a local folder, else the installed offline package, else the hub.
@@ -117,22 +186,39 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str | None = None, max_tok
     Returns:
         The encoder, in evaluation mode.
     Raises:
-        EncoderError: If it is nowhere to be found, or its checksum differs.
+        EncoderError: If it is nowhere to be found, its checksum differs, its folder holds something else (nothing, a
+            cross-encoder, weights of another shape), or its tokenizer does not fit.
         ArtefactError: If a folder's manifest does not match its files.
     """
     where = _locate(str(name))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = Path(name) if Path(name).is_dir() else None
     try:
+        flaw = _folder_flaw(folder) if folder else ""
+        if not flaw:
+            with _quiet():
+                encoder = SentenceTransformer(where, device=device, model_kwargs={"use_safetensors": True})
+                flaw = _weights_flaw(folder, type(encoder[0].model)) if folder and _bert(folder) else ""
+            flaw = flaw or _tokenizer_flaw(encoder)
+    except (OSError, ValueError, SafetensorError) as error:
+        flaw = str(error).splitlines()[0] if str(error) else type(error).__name__
+        flaw = f"it cannot be opened ({flaw})" if folder else f"not a folder, not installed, not on the hub ({flaw})"
+        raise EncoderError(_refusal(name, flaw)) from error
+    except RuntimeError as error:
         with _quiet():
-            encoder = SentenceTransformer(where, device=device, model_kwargs={"use_safetensors": True})
-    except (OSError, ValueError) as error:
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EncoderError(
-            f"encoder {name!r}: not a folder with safetensors weights, not installed, not on the hub ({message}); "
-            f"give a folder, or use {DEFAULT_ENCODER!r}"
-        ) from error
+            flaw = _weights_flaw(folder, AutoModel) if folder and _bert(folder) else ""
+        if not flaw:  # not the folder's fault, e.g. a device that is not there
+            raise
+        raise EncoderError(_refusal(name, flaw)) from error
+    if flaw:
+        raise EncoderError(_refusal(name, flaw))
     encoder.max_seq_length = min(max_tokens, encoder.max_seq_length or max_tokens)
     return encoder.eval()
+
+
+def _refusal(name: str, flaw: str) -> str:
+    """The sentence that refuses an encoder."""
+    return f"encoder {str(name)!r}: {flaw}; give the folder of a saved encoder, or use {DEFAULT_ENCODER!r}"
 
 # %% ../../nbs/model/03_text.ipynb #00000012
 def has_bfloat16(device: str = "cpu") -> bool:
@@ -140,6 +226,16 @@ def has_bfloat16(device: str = "cpu") -> bool:
     if str(device).startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return str(device) == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _head(encoder: SentenceTransformer, text: str) -> str:
+    """The part of a very long text that fills the encoder's word pieces twice; a text whose start does not stays whole."""
+    most = encoder.max_seq_length
+    if most is None or len(text) <= 20 * most:
+        return text
+    head = text[: 20 * most]
+    pieces = encoder.tokenizer(head, add_special_tokens=False, truncation=True, max_length=2 * most)["input_ids"]
+    return head if len(pieces) == 2 * most else text
 
 
 def embed(
@@ -170,7 +266,7 @@ def embed(
             raise ValueError(f"texts: row {row} is {text!r}, not a string; see product_text")
     if not texts:
         return np.zeros((0, encoder.get_embedding_dimension()), dtype=np.float32)
-    texts = [plain(text) for text in texts]
+    texts = [_head(encoder, plain(text)) for text in texts]
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     device = encoder.device.type
     half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
