@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['scaled', 'mixture', 'reciprocal_rank_fusion', 'candidates', 'staged', 'weight_grid', 'tune_mixture',
-           'tune_candidates', 'fit_weights', 'ChoiceRanker']
+           'tune_candidates', 'fit_weights', 'ChoiceRanker', 'match_features', 'LambdaRanker', 'rerank']
 
 # %% ../../nbs/search/03_ranking.ipynb #00000003
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import lightgbm
 import numpy as np
 import pandas as pd
 import torch
@@ -21,6 +22,8 @@ from safetensors.numpy import load_file, save_file
 from ..data.artefacts import verify, write_json, writing
 from ..evaluate.metrics import evaluate
 from ..model.losses import clicks_loss
+from ..model.text import product_text
+from .index import LexicalIndex, tokenise
 
 # %% ../../nbs/search/03_ranking.ipynb #0000000a
 def scaled(scores: np.ndarray) -> np.ndarray:
@@ -305,3 +308,218 @@ class ChoiceRanker:
         arrays = load_file(Path(folder) / "ranker.safetensors")
         ranker.mean, ranker.spread, ranker.weights = arrays["mean"], arrays["spread"], arrays["weights"]
         return ranker
+
+# %% ../../nbs/search/03_ranking.ipynb #00000030
+_FIELDS = {"title": ["title"], "description": ["description"], "brand_category": ["brand", "category"]}
+
+
+def _field(products: pd.DataFrame, columns: list[str]) -> pd.Series:
+    """Text of those of the columns that the catalogue has; empty without any."""
+    there = [column for column in columns if column in products]
+    return product_text(products, there) if there else pd.Series("", index=products.index, dtype="str")
+
+
+def _numbers_of(products: pd.DataFrame, column: str) -> pd.Series:
+    """A column's finite numbers, NaN elsewhere, with rows numbered from 0."""
+    values = products[column].to_numpy(float, na_value=np.nan) if column in products else np.full(len(products), np.nan)
+    return pd.Series(np.where(np.isfinite(values), values, np.nan))
+
+
+def _share(terms: list[str], found: Collection[str]) -> float:
+    """Share of the different terms that are found; 0 without terms."""
+    different = set(terms)
+    return len(different.intersection(found)) / max(len(different), 1)
+
+# %% ../../nbs/search/03_ranking.ipynb #00000032
+def match_features(products: pd.DataFrame, queries: pd.Series, pairs: pd.DataFrame) -> pd.DataFrame:
+    """What is known of each pair of query and product without a model, as numbers.
+
+    Args:
+        products: Catalogue; of item_id, title, description, brand, category, price, rating, n_ratings and attributes only
+            item_id is needed.
+        queries: Text by query_id.
+        pairs: Columns query_id, item_id; the candidates of each query.
+    Returns:
+        Finite float32 features with the index of the pairs: `bm25_*` per field; `brand_match`, the query holds all terms of
+        the brand; `attribute_match` and `title_cover`, shares of the query's terms; `log_price` (natural), `price_within`
+        (less the median of the query's candidates), `rating`, `log_ratings`; `title_length` in terms. What a product lacks
+        is 0, for `log_price` and `rating` the mean of the catalogue. `price_within` knows the other candidates: on pairs that
+        were chosen for judging it can tell how they were chosen, so use it only on candidates found as on a page.
+    Raises:
+        ValueError: If an id of products or queries is repeated, a query has no text, or a pair is of neither.
+    """
+    rows, columns = _known_pairs(products, queries, pairs)
+    asked = tokenise(queries)
+    made = {name: np.zeros(len(pairs)) for name in (f"bm25_{field}" for field in _FIELDS)}
+    for field, names in _FIELDS.items() if len(pairs) else ():
+        index = LexicalIndex.build(products["item_id"], _field(products, names))
+        for row, places in pd.Series(range(len(pairs))).groupby(rows):
+            made[f"bm25_{field}"][places] = index.scores([queries.iloc[row]])[0, columns[places]]
+    title, brand, attributes = (tokenise(_field(products, [name])) for name in ("title", "brand", "attributes"))
+    both = list(zip((asked[row] for row in rows), columns))
+    made["brand_match"] = [bool(brand[x]) and set(brand[x]) <= set(terms) for terms, x in both]
+    made["attribute_match"] = [_share(terms, attributes[x]) for terms, x in both]
+    made["title_cover"] = [_share(terms, title[x]) for terms, x in both]
+    price, rating = _numbers_of(products, "price"), _numbers_of(products, "rating").clip(0, 5)
+    log_price = np.log(price.where(price > 0))
+    own = log_price.iloc[columns].reset_index(drop=True)
+    made["log_price"] = own.fillna(log_price.mean())
+    made["price_within"] = own - own.groupby(rows).transform("median")
+    made["rating"] = rating.fillna(rating.mean()).to_numpy()[columns]
+    made["log_ratings"] = np.log1p(_numbers_of(products, "n_ratings").clip(lower=0)).to_numpy()[columns]
+    made["title_length"] = [len(title[x]) for x in columns]
+    return pd.DataFrame(made).astype("float32").fillna(0).set_axis(pairs.index)
+
+
+def _known_pairs(products: pd.DataFrame, queries: pd.Series, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Row among the queries and among the products of each pair."""
+    for name, ids in {"products": pd.Index(products["item_id"]), "queries": queries.index}.items():
+        if not ids.is_unique:
+            raise ValueError(f"{name}: {ids[ids.duplicated()][0]!r} stands there more than once; keep one of them")
+    if queries.isna().any():
+        raise ValueError(f"queries: {queries.index[queries.isna()][0]!r} has no text; drop such queries")
+    rows = queries.index.get_indexer(pairs["query_id"])
+    columns = pd.Index(products["item_id"]).get_indexer(pairs["item_id"])
+    if (rows < 0).any() or (columns < 0).any():
+        pair = pairs.iloc[int(((rows < 0) | (columns < 0)).argmax())]
+        raise ValueError(f"pairs: query {pair['query_id']!r} or item {pair['item_id']!r} is not among those given")
+    return rows, columns
+
+# %% ../../nbs/search/03_ranking.ipynb #00000040
+def _checked_table(features: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
+    """The named columns as float64 (pairs, features), whatever their order in the table."""
+    missing, unknown = [n for n in names if n not in features], [n for n in features if n not in names]
+    if missing or unknown or len(features.columns) != len(names):
+        raise ValueError(f"features: missing {missing}, unknown {unknown}; each of {list(names)} is needed once")
+    values = features[list(names)].to_numpy(dtype=float)
+    wrong = np.argwhere(~np.isfinite(values))
+    if len(wrong):
+        raise ValueError(f"features: {names[wrong[0, 1]]!r} of row {wrong[0, 0]} is not finite; fill it first")
+    return values
+
+
+def _checked_grades(grades: Sequence[int], query_ids: Sequence[str], n_pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whole grades and numbers of the queries in the order of their ids, (pairs,) each."""
+    grade, asked = np.asarray(grades, dtype=float), np.unique(np.asarray(query_ids, dtype=str), return_inverse=True)[1]
+    if len(grade) != n_pairs or len(asked) != n_pairs:
+        raise ValueError(f"{n_pairs} rows of features, {len(grade)} grades, {len(asked)} query_ids; give one for each")
+    wrong = ~((grade >= 0) & (grade <= 30) & (grade % 1 == 0))
+    if wrong.any():
+        raise ValueError(f"grades: {grade[wrong][0]} in row {wrong.argmax()}; they must be whole numbers from 0 to 30")
+    if not n_pairs or not (pd.Series(grade).groupby(asked).nunique() > 1).any():
+        raise ValueError("grades: no query has two different ones, so no pair says which product is the better one")
+    return grade.astype(int), asked
+
+# %% ../../nbs/search/03_ranking.ipynb #00000042
+class LambdaRanker:
+    """LambdaMART: boosted trees over the features of pairs, fitted on graded judgements for nDCG.
+
+    Constructor: number of `trees` and of `leaves` of each; `min_in_leaf`, the fewest pairs in a leaf; `learning_rate`;
+    `truncation`, to which place of the list pairs count; `num_threads`; `seed`. Learned: `names` of the features, `booster`.
+    """
+
+    def __init__(
+        self, trees: int = 100, leaves: int = 7, min_in_leaf: int = 20, learning_rate: float = 0.05, truncation: int = 20,
+        num_threads: int = 1, seed: int = 0,
+    ):
+        self.settings = {
+            "trees": trees, "leaves": leaves, "min_in_leaf": min_in_leaf, "learning_rate": learning_rate,
+            "truncation": truncation, "num_threads": num_threads, "seed": seed,
+        }
+        self.names = self.booster = None
+
+    def fit(self, features: pd.DataFrame, grades: Sequence[int], query_ids: Sequence[str]) -> Self:
+        """Learn from judged pairs; neither their order nor that of the columns matters.
+
+        Args:
+            features: One row per pair, one finite column per feature, (pairs, features).
+            grades: Grade of each pair, whole numbers from 0 to 30, (pairs,); the gain is 2^grade - 1.
+            query_ids: Query of each pair, (pairs,).
+        Returns:
+            The ranker itself.
+        Raises:
+            ValueError: If lengths differ, a feature is not finite, a grade is not whole, or no query has two grades.
+        Source: Burges (2010), "From RankNet to LambdaRank to LambdaMART"; Ke et al. (2017), LightGBM.
+        """
+        names, chosen = sorted(features.columns), self.settings
+        values = _checked_table(features, names)
+        grade, asked = _checked_grades(grades, query_ids, len(values))
+        # Equal scores are ranked by row: a file sorted by grade would begin with the perfect order.
+        order = np.lexsort((grade, *values.T, asked))
+        order = np.random.default_rng(chosen["seed"]).permutation(order)
+        order = order[np.argsort(asked[order], kind="stable")]
+        params = {
+            "objective": "lambdarank", "label_gain": [2.0**level - 1 for level in range(31)],
+            "lambdarank_truncation_level": chosen["truncation"], "num_leaves": chosen["leaves"],
+            "min_data_in_leaf": chosen["min_in_leaf"], "learning_rate": chosen["learning_rate"], "seed": chosen["seed"],
+            "num_threads": chosen["num_threads"], "deterministic": True, "force_row_wise": True, "verbosity": -1,
+        }
+        data = lightgbm.Dataset(values[order], grade[order], group=np.bincount(asked), params=params)
+        self.names, self.booster = names, lightgbm.train(params, data, num_boost_round=chosen["trees"])
+        return self
+
+    def scores(self, features: pd.DataFrame) -> np.ndarray:
+        """Score of each pair, float64 (pairs,); only the order within one query means something."""
+        values = _checked_table(features, self._learned().names)
+        if not len(values):
+            return np.zeros(0)
+        return self.booster.predict(values, num_threads=self.settings["num_threads"])
+
+    def importance(self) -> pd.DataFrame:
+        """Share of the gain and number of the splits by feature, largest gain first."""
+        gain, splits = (self._learned().booster.feature_importance(kind) for kind in ("gain", "split"))
+        names = pd.Index(self.names, name="feature")
+        table = pd.DataFrame({"gain": gain / (gain.sum() or 1), "splits": splits}, index=names)
+        return table.sort_values("gain", ascending=False, kind="stable")
+
+    def save(self, folder: Path | str) -> None:
+        """Write config.json and trees.txt (LightGBM's text format) with checksums, all or nothing."""
+        trees = self._learned().booster.model_to_string()
+        with writing(Path(folder)) as half:
+            write_json(half / "config.json", {"kind": "LambdaRanker", "names": self.names, "settings": self.settings})
+            (half / "trees.txt").write_text(trees, encoding="utf-8", newline="\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Open a saved ranker; raises ArtefactError if a file is missing or its checksum differs."""
+        verify(Path(folder))
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        ranker = cls(**config["settings"])
+        trees = (Path(folder) / "trees.txt").read_text(encoding="utf-8")
+        ranker.names, ranker.booster = config["names"], lightgbm.Booster(model_str=trees)
+        return ranker
+
+    def _learned(self) -> Self:
+        if self.booster is None:
+            raise ValueError("this ranker has not learned yet: call fit, or load a saved one")
+        return self
+
+# %% ../../nbs/search/03_ranking.ipynb #00000050
+def rerank(first: np.ndarray, second: np.ndarray, depth: int) -> np.ndarray:
+    """Two stages as one score: the best by a cheap score come first, in the order of a dear one.
+
+    Args:
+        first: Scores of the first stage, (queries, items); `-inf` marks what cannot be returned.
+        second: Scores of the second stage, (queries, items); only read among the `depth` best, may be NaN elsewhere.
+        depth: How many are put in a new order, see `candidates` for ties; 0 leaves the first order, all gives the second.
+    Returns:
+        float32 array (queries, items) whose order is the answer; `-inf` stays. Equal second scores keep the order of the
+        first, items that are equal in both stay equal.
+    Raises:
+        ValueError: If shapes differ, depth is negative, or a score that is needed is NaN.
+    """
+    if first.shape != second.shape or first.ndim != 2 or depth < 0:
+        shapes = f"shapes {first.shape} and {second.shape} must be equal (queries, items)"
+        raise ValueError(f"first, second, depth: {shapes}, and {depth} not negative")
+    inside = candidates(first, depth) if depth else np.zeros(first.shape, dtype=bool)
+    keys = np.stack([first, np.where(inside, second, 0), inside])  # the last one rules
+    if np.isnan(keys).any():
+        row, column = np.argwhere(np.isnan(keys).any(axis=0))[0]
+        raise ValueError(f"query {row}, item {column}: its first or second score is NaN; score all that come in")
+    order = np.lexsort(keys, axis=-1)
+    sorted_keys = np.take_along_axis(keys, order[None], axis=2)
+    steps = np.zeros(first.shape, dtype=bool)
+    steps[:, 1:] = (sorted_keys[:, :, 1:] != sorted_keys[:, :, :-1]).any(axis=0)
+    scores = np.empty(first.shape, dtype=np.float32)
+    np.put_along_axis(scores, order, steps.cumsum(axis=1).astype(np.float32), axis=1)
+    return np.where(first > -np.inf, scores, -np.inf).astype(np.float32)
