@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['PADDING', 'KINDS', 'TextModel', 'Objective', 'Training', 'training_lists', 'mine_negatives', 'open_model', 'ListLoss',
            'training_arguments', 'run_trainer', 'fine_tune', 'sparse_vectors', 'score_pairs', 'tuned_scores',
-           'save_model']
+           'catalogue_scores', 'save_model']
 
 # %% ../../nbs/model/04_finetuning.ipynb #6d91a63b
 import contextlib
+import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from scipy.sparse import csr_array, vstack
 from sentence_transformers import (
     CrossEncoder,
@@ -42,11 +44,21 @@ from sentence_transformers.sparse_encoder.losses import SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from sentence_transformers.util import batch_to_device
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from ..data.artefacts import writing
 from .losses import graded_loss
-from .text import EncoderError, _locate, _quiet, embed, has_bfloat16, load_encoder, plain
+from .text import EncoderError, _bert, _locate, _quiet, _tokenizer_flaw, _weights_flaw
+from .text import embed, has_bfloat16, load_encoder, plain
 
 # %% ../../nbs/model/04_finetuning.ipynb #8c1932a0
 @dataclass(frozen=True)
@@ -63,6 +75,8 @@ class Training:
         warmup: Share of the steps in which the learning rate rises.
         max_tokens: Longest text in word pieces (query and product together in a cross-encoder).
         frozen_layers: The embeddings and this many lower layers stay as they are; 0 trains all.
+        kept: Share of the weights before the training in the weights after it: 0 keeps what was learned, 1 nothing. A mean
+            of both forgets less (Wortsman et al., 2022).
         lora_rank: Train only low-rank additions of this rank (LoRA); 0 trains the weights themselves.
         cached_texts: Texts in memory at once (gradient caching, bi-encoders only); 0 holds the whole step.
         sparsity: Weight of the penalty that keeps a sparse encoder's vectors sparse.
@@ -79,6 +93,7 @@ class Training:
     warmup: float = 0.1
     max_tokens: int = 48
     frozen_layers: int = 0
+    kept: float = 0.0
     lora_rank: int = 0
     cached_texts: int = 0
     sparsity: float = 1e-3
@@ -94,6 +109,8 @@ class Training:
                 f"list_size must be at least 2, learning_rate and temperature positive, not {self.list_size}, "
                 f"{self.learning_rate} and {self.temperature}"
             )
+        if not 0 <= self.kept < 1:
+            raise ValueError(f"kept must lie between 0 and 1, not {self.kept}")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision: {self.precision!r}; choose 'auto', 'float32' or 'bfloat16'")
 
@@ -190,6 +207,29 @@ def mine_negatives(
 # %% ../../nbs/model/04_finetuning.ipynb #bc289bb2
 KINDS = ("bi_encoder", "cross_encoder", "sparse_encoder")
 TextModel = SentenceTransformer | CrossEncoder | SparseEncoder
+_WITH_HEAD = {"cross_encoder": AutoModelForSequenceClassification, "sparse_encoder": AutoModelForMaskedLM}
+
+
+def _missing_weights(folder: Path, kind: str) -> str:
+    """Which weights a folder lacks; a head is one of them only if it was saved with one, else a new one is meant."""
+    body, whole = _bert(folder), _WITH_HEAD[kind]
+    if body is None:
+        return ""
+    saved = AutoConfig.from_pretrained(body).architectures or []
+    headed = any(name.endswith(whole.__name__.removeprefix("AutoModel")) for name in saved)
+    return _weights_flaw(folder, whole if headed else AutoModel)
+
+
+@contextlib.contextmanager
+def _unsurprised() -> Iterator[None]:
+    """No warning that a checkpoint of one kind becomes a model of another: that is what is asked for."""
+    logger = logging.getLogger("sentence_transformers.base.model")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def open_model(kind: str, checkpoint: str, max_tokens: int = 64, seed: int = 0, device: str | None = None) -> TextModel:
@@ -203,29 +243,43 @@ def open_model(kind: str, checkpoint: str, max_tokens: int = 64, seed: int = 0, 
         seed: Of the weights that the checkpoint lacks, such as a cross-encoder's head.
         device: Where to compute; the best that is there if left out.
     Raises:
-        EncoderError: If it cannot be opened.
+        EncoderError: If it cannot be opened, its weights are no safetensors, some of them are missing (other than a
+            head that it never had), or its tokenizer does not fit.
+        ArtefactError: If a folder's manifest does not match its files.
         ValueError: If the kind is unknown.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r}; choose from {', '.join(KINDS)}")
     if kind == "bi_encoder":
+        torch.manual_seed(seed)
         return load_encoder(checkpoint, device, max_tokens)
     where, device = _locate(str(checkpoint)), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(seed)
     try:
-        with _quiet():
-            if kind == "cross_encoder":
-                safe = {"use_safetensors": True}
-                model = CrossEncoder(where, num_labels=1, max_length=max_tokens, device=device, model_kwargs=safe)
-                model.config.pad_token_id = model.tokenizer.pad_token_id  # a GPT has none of its own
-                return model.eval()
-            if (Path(where) / "modules.json").exists() and (Path(where) / "1_SpladePooling").exists():
-                return SparseEncoder(where, device=device).eval()
-            body = Transformer(where, transformer_task="fill-mask", model_kwargs={"use_safetensors": True})
-            body.max_seq_length = max_tokens
-            return SparseEncoder(modules=[body, SpladePooling("max")], device=device).eval()
-    except (OSError, ValueError) as error:
+        with _quiet(), _unsurprised():
+            flaw = _missing_weights(Path(where), kind) if Path(where).is_dir() else ""
+            if not flaw:
+                torch.manual_seed(seed)
+                model = _with_head(kind, where, max_tokens, device)
+                flaw = _tokenizer_flaw(model)
+    except (OSError, ValueError, SafetensorError) as error:
         raise EncoderError(f"{kind} {str(checkpoint)!r}: cannot be opened ({str(error).splitlines()[0]})") from error
+    if flaw:
+        raise EncoderError(f"{kind} {str(checkpoint)!r}: cannot be opened ({flaw})")
+    return model.eval()
+
+
+def _with_head(kind: str, where: str, max_tokens: int, device: str) -> CrossEncoder | SparseEncoder:
+    """A checkpoint with a head that scores pairs, or words; a new one where it has none."""
+    safe = {"use_safetensors": True}
+    if kind == "cross_encoder":
+        model = CrossEncoder(where, num_labels=1, max_length=max_tokens, device=device, model_kwargs=safe)
+        model.config.pad_token_id = model.tokenizer.pad_token_id  # a GPT has none of its own
+        return model
+    if (Path(where) / "modules.json").exists() and (Path(where) / "1_SpladePooling").exists():
+        return SparseEncoder(where, device=device, model_kwargs=safe)
+    body = Transformer(where, transformer_task="fill-mask", model_kwargs=safe)
+    body.max_seq_length = max_tokens
+    return SparseEncoder(modules=[body, SpladePooling("max")], device=device)
 
 # %% ../../nbs/model/04_finetuning.ipynb #dae8f4b5
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -306,7 +360,7 @@ def training_arguments(kind: type[TrainingArguments], settings: Training, folder
     chosen = {
         "learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay, "seed": settings.seed,
         "warmup_steps": settings.warmup, "per_device_train_batch_size": settings.lists, "num_train_epochs": 1,
-        "bf16": half, "use_cpu": device == "cpu", "report_to": "none", "disable_tqdm": True, "logging_steps": 5,
+        "bf16": half, "use_cpu": device == "cpu", "report_to": "none", "disable_tqdm": True, "logging_steps": 5, "logging_first_step": True,
         "save_total_limit": 1, "dataloader_pin_memory": False, "remove_unused_columns": False,
     }
     return kind(output_dir=str(folder), **chosen | more)
@@ -426,6 +480,7 @@ def fine_tune(
         loss = SpladeLoss(model, loss, settings.sparsity, settings.sparsity)
     keep = {} if folder is None else {"save_strategy": "steps", "save_steps": save_every}
     place = contextlib.nullcontext(str(folder)) if folder else tempfile.TemporaryDirectory()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()} if settings.kept else {}
     if settings.lora_rank:
         _add_lora(model, settings.lora_rank)
     _freeze(model, settings.frozen_layers)
@@ -437,6 +492,9 @@ def fine_tune(
         shutil.rmtree(where, ignore_errors=True)
     if settings.lora_rank:
         _merge_lora(model)
+    with torch.no_grad():
+        for name, weight in model.named_parameters() if before else ():
+            weight.lerp_(before[name], settings.kept)
     model.requires_grad_(True).eval()
     return log
 
@@ -534,6 +592,14 @@ def tuned_scores(
     if whole:
         result |= {"queries": embed(model, asked["query"].unique()), "items": embed(model, texts)}
     return result
+
+
+def catalogue_scores(kind: str, checkpoint: str, queries: Sequence[str], texts: Sequence[str], max_tokens: int = 64) -> np.ndarray:
+    """Score of every text for each query by an encoder, float32 (queries, texts); for a process of its own."""
+    model = open_model(kind, checkpoint, max_tokens)
+    if kind == "sparse_encoder":
+        return (sparse_vectors(model, queries) @ sparse_vectors(model, texts).T).toarray().astype(np.float32)
+    return (embed(model, queries) @ embed(model, texts).T).round(6)
 
 # %% ../../nbs/model/04_finetuning.ipynb #9eebfa0a
 def save_model(model: TextModel, folder: Path | str) -> None:

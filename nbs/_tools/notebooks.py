@@ -4,6 +4,7 @@
     python nbs/_tools/notebooks.py NB [NB ...]  only these
     python nbs/_tools/notebooks.py --stale      only those whose code changed since their outputs were made
     python nbs/_tools/notebooks.py --clean      clean them, execute nothing
+    python nbs/_tools/notebooks.py --run RUN NB store the outputs of a finished run of an experiment, execute nothing
     python nbs/_tools/notebooks.py --check      change nothing; exit 1 if one is not clean or its outputs are stale
 """
 
@@ -124,6 +125,18 @@ def execute(path: Path, skip: tuple[str, ...] = (), timeout: int = 3600) -> nbfo
     return notebook
 
 
+def of_run(path: Path, run: Path) -> nbformat.NotebookNode:
+    """An experiment's notebook with the outputs of a run's folder, made by the same code."""
+    notebook, executed = read(path), read(run / "run.ipynb")
+    cells = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    if [cell.source for cell in cells] != [cell.source for cell in notebook.cells]:
+        raise SystemExit(f"{run.name} was made by other code than {path.name} holds now: run the experiment again")
+    for cell, done in zip(notebook.cells, cells):
+        if cell.cell_type == "code":
+            cell.outputs = done.outputs
+    return notebook
+
+
 def store(path: Path, notebook: nbformat.NotebookNode) -> list[str]:
     """Write an executed notebook, clean, with its code's hash; return what its outputs should not have said."""
     complaints = []
@@ -173,6 +186,7 @@ def main() -> int:
     how = parser.add_mutually_exclusive_group()
     for flag in ("--stale", "--clean", "--check"):
         how.add_argument(flag, action="store_true")
+    how.add_argument("--run", type=Path)
     args = parser.parse_args()
     paths = sorted((p.resolve() for p in args.notebook), key=reading_order) or notebooks()
     failed = 0
@@ -182,6 +196,8 @@ def main() -> int:
             for problem in problems(path):
                 failed += 1
                 print(f"{name} {problem}")
+        elif args.run:
+            print(name, *store(path, of_run(path, args.run)), sep="\n    ")
         elif args.clean:
             _write(path, cleaned(read(path)))
         elif not args.stale or _stale(path):
