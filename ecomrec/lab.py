@@ -261,6 +261,22 @@ class RunRecorder:
         bar = tqdm(steps.items(), desc=label, mininterval=2, leave=False)
         return {key: self.cached(key, lambda: function(*arguments), content=arguments) for key, arguments in bar}
 
+    def kept(self, key: str, write: Callable[[Path], None], content: tuple) -> Path:
+        """A folder that is costly to make, such as a model's, kept by its content like `cached`.
+
+        Args:
+            key: Name of the step.
+            write: Fills the folder that it is given; it may be called again after a kill.
+            content: All that the folder depends on.
+        """
+        folder = self._place(key, content)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as half:
+                write(Path(half) / "made")
+                os.replace(Path(half) / "made", folder)
+        return folder
+
     def per_query(self, frame: pd.DataFrame) -> None:
         """Keep the numbers behind the means: columns query_id (or user_id), system, metric, value."""
         unit, table = _checked_per_query(frame)

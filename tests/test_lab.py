@@ -486,3 +486,42 @@ def test_the_report_is_readable_by_itself(done):
         assert code.is_visible()
         browser.close()
     assert wrong == [] and [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def square(number: int) -> dict[str, int]:
+    return {"square": number**2}
+
+
+def test_steps_kept_by_content_serve_other_runs_and_run_side_by_side(tmp_path):
+    steps = {f"square {n}": (n,) for n in range(4)}
+    first = lab.RunRecorder("toy", {}, tmp_path / "toy-1").cached_many(steps, square, workers=2)
+    assert first == {f"square {n}": {"square": n**2} for n in range(4)}
+    places = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".cache").iterdir()}
+    assert len(places) == 4
+    again = lab.RunRecorder("toy", {}, tmp_path / "toy-2").cached_many(steps | {"square 9": (9,)}, square, workers=1)
+    assert again["square 9"] == {"square": 81} and first.items() <= again.items()
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".cache").iterdir()}
+    assert places.items() <= now.items() and len(now) == 5
+
+
+def test_a_folder_that_failed_half_way_is_not_kept(tmp_path):
+    recorder = lab.RunRecorder("toy", {}, tmp_path / "toy-1")
+
+    def fails(folder):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recorder.kept("model", fails, content=("v1",))
+    assert [path for path in (tmp_path / ".cache").iterdir()] == []
+    made = recorder.kept("model", lambda folder: folder.mkdir(), content=("v1",))
+    assert made.is_dir() and recorder.kept("model", fails, content=("v1",)) == made
+
+
+def test_content_hash_sees_every_change(tmp_path):
+    frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
+    others = [frame.assign(b=["x", "z"]), frame.rename(columns={"a": "c"}), frame[::-1], frame["a"], np.arange(2), 1, "1"]
+    hashes = [lab.content_hash(frame), *map(lab.content_hash, others)]
+    assert len(set(hashes)) == len(hashes) and lab.content_hash(frame.copy()) == hashes[0]
+    assert lab.content_hash("a", "b") != lab.content_hash("ab")

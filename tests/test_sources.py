@@ -288,6 +288,7 @@ def test_own_files_run_through_the_relevance_experiment(tmp_path):
         "grades: {1: 0, 2: 1, 3: 2, 4: 3}\nfolds: 4\n"
     )
     command = "run relevance -f mapping.yaml -p products products.csv -p judgements judged.csv".split()
+    command += ["-p", "rungs", "[bi_encoder]", "-p", "epochs", "1", "-p", "list_size", "4", "-p", "workers", "1"]
     done = subprocess.run(
         [*COMMAND, *command], cwd=tmp_path, capture_output=True, text=True,
         env=os.environ | {"ECOMREC_RUNS": str(tmp_path / "runs")},

@@ -226,13 +226,15 @@ def open_dense(
     encoder: str | SentenceTransformer = DEFAULT_ENCODER,
     vectors: np.ndarray | None = None,
     progress: bool | None = None,
+    fields: Sequence[str] = ("title", "description"),
 ) -> tuple[DenseIndex, SentenceTransformer]:
     """The dense index of a catalogue and its encoder; arguments as in `Engine.from_products`."""
     if not products["item_id"].is_unique or products.empty:  # said before minutes are spent on encoding
         raise ValueError("products: the table is empty or an item_id stands there more than once; see cleaning")
     opened = load_encoder(encoder) if isinstance(encoder, str) else encoder
     if vectors is None:
-        vectors = embed(opened, product_text(products), progress=len(products) > 1000 if progress is None else progress)
+        texts = product_text(products, fields)
+        vectors = embed(opened, texts, progress=len(products) > 1000 if progress is None else progress)
     return DenseIndex.build(products["item_id"], vectors), opened
 
 # %% ../../nbs/search/04_engine.ipynb #00000018
@@ -271,6 +273,7 @@ class Engine:
         encoder: str | SentenceTransformer = DEFAULT_ENCODER,
         vectors: np.ndarray | None = None,
         progress: bool | None = None,
+        fields: Sequence[str] = ("title", "description"),
     ) -> Self:
         """Index a catalogue.
 
@@ -281,6 +284,7 @@ class Engine:
             encoder: Name or folder for `load_encoder`, or an open encoder.
             vectors: Vectors of the products in this order, if they are there already, (products, dimension).
             progress: Show a bar while products are encoded; if left out, where there are more than 1,000.
+            fields: Columns that the encoder reads.
         Raises:
             TableError: If a required column is missing or a value is of the wrong type.
             ValueError: If an item id is repeated, or the table is empty.
@@ -288,7 +292,7 @@ class Engine:
         products = check("products", products, where="Engine.from_products")
         given = recipe or Recipe()
         name = encoder if isinstance(encoder, str) and not Path(encoder).is_dir() else ""
-        dense, opened = open_dense(products, encoder, vectors, progress) if given.needs_vectors() else (None, None)
+        dense, opened = open_dense(products, encoder, vectors, progress, fields) if given.needs_vectors() else (None, None)
         if judgements is not None and recipe is None:
             given = fit_recipe(products, check("judgements", judgements, where="Engine.from_products"), dense, opened)
         return cls(products, lexical_voices(products, given.lexical), dense, opened, given, name)
