@@ -22,7 +22,7 @@ endif
 # One thread per process where several processes run.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_NUM_THREADS=1
 
-.PHONY: help demo test docs lab notebooks system soak clean
+.PHONY: help demo test docs lab notebooks system soak bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ system: ## Install the Debian packages that browser tests need: chromium, fonts-
 
 soak: $(READY) ## Run the long tests: the slow ones, and the property tests with many more examples
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
+
+bench: $(READY) ## Measure how fast this machine trains; the numbers go to tests/benchmarks/results/ (minutes)
+	@for script in tests/benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 clean: ## Remove what can be built again; .venv and runs/ stay
 	rm -rf _site build dist .cache .pytest_cache .hypothesis .jupyter_cache

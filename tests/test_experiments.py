@@ -7,7 +7,7 @@ import pytest
 from ecomrec import lab
 from ecomrec.data import sources
 
-SMALL = {"closed_loop": {"requests_per_round": 300, "held_out_requests": 100, "rounds": 2}, "relevance": {}}
+SMALL = {"closed_loop": {"requests_per_round": 300, "held_out_requests": 100, "rounds": 2}, "relevance": {}, "ablations": {}}
 
 
 def metrics(folder):
@@ -19,12 +19,18 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     file = lab.home() / "nbs" / "experiments" / f"{name}.demo.yaml"
     folder = lab.run(name, SMALL[name], file=file, root=tmp_path, progress=False)
     first = metrics(folder)
-    assert metrics(lab.run(name, SMALL[name], file=file, root=tmp_path, again=True, progress=False)) == first
-    for kept in ("run.json", "run.ipynb", "report.html", "per_query.parquet", "engine/manifest.json"):
+    again = lab.run(name, SMALL[name], file=file, root=tmp_path / "again", progress=False)  # far from what the first one cached
+    assert metrics(again) == first
+    for kept in ("run.json", "run.ipynb", "report.html", "per_query.parquet"):
         assert (folder / kept).is_file()
+    assert (folder / "engine/manifest.json").is_file() == (name != "ablations")
     if name == "closed_loop":
         assert first["random/ndcg@10"] < first["first_round/ndcg@10"] < first["corrected/ndcg@10"] < first["oracle/ndcg@10"] == 1
         assert first["oracle/regret"] == 0 < first["best_candidates/regret"] < first["random/regret"]
+    elif name == "ablations":
+        rows = ("base", "another_seed", "zero_shot", "negatives=mined", "negatives=unfiltered", "epochs=2", "epochs=4", "search=best")
+        assert first["random/inner_ndcg@10"] < min(first[f"{row}/inner_ndcg@10"] for row in rows)
+        assert {"search=cross_fitted/inner_ndcg@10_p", "base/inner_ndcg@10[typo=1]"} <= set(first)
     else:
         assert first["random/judged_ndcg@10"] < min(first[f"{rung}/judged_ndcg@10"] for rung in ("bm25", "zero_shot", "hybrid"))
         assert {"hybrid/judged_ndcg@10[language=zh]", "hybrid/judged_ndcg@10[language=en]", "hybrid/kappa"} <= set(first)

@@ -412,9 +412,11 @@ def _freeze(model: TextModel, n_layers: int) -> None:
     layers = max(stacks, key=len)
     if n_layers > len(layers):
         raise ValueError(f"frozen_layers: {n_layers}, but the checkpoint has only {len(layers)} layers")
-    embeddings = [module for module in _body(model).modules() if isinstance(module, torch.nn.Embedding)]
-    for module in [*embeddings, *layers[:n_layers]]:
-        module.requires_grad_(False)
+    lowest = {id(weight) for weight in layers[:n_layers].parameters()}
+    weights = list(_body(model).parameters())  # in the order of the layers, the embeddings first
+    last = max(place for place, weight in enumerate(weights) if id(weight) in lowest)
+    for weight in weights[: last + 1]:
+        weight.requires_grad_(False)
 
 
 def _add_lora(model: TextModel, rank: int) -> None:
