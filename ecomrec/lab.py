@@ -36,6 +36,7 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import ecomrec
@@ -85,7 +86,7 @@ def content_hash(*parts: object) -> str:
     """SHA-256 over tables, arrays, and anything else whose `repr` says all of it, in order.
 
     Args:
-        parts: What a result depends on.
+        parts: What a result depends on; an absolute path of a folder stands for the files in it.
     Returns:
         64 hexadecimal digits; equal contents have equal ones, in every process.
     """
@@ -97,6 +98,9 @@ def content_hash(*parts: object) -> str:
             total.update(pd.util.hash_pandas_object(part).to_numpy().tobytes())
         elif isinstance(part, np.ndarray):
             total.update(repr((part.shape, part.dtype.str)).encode() + np.ascontiguousarray(part).tobytes())
+        elif isinstance(part, str) and os.path.isabs(part) and os.path.isdir(part):  # a checkpoint: what is in it counts
+            files = sorted(path for path in Path(part).rglob("*") if path.is_file())
+            total.update(repr([(path.relative_to(part).as_posix(), sha256(path)) for path in files]).encode())
         else:
             total.update(repr(part).encode())
         total.update(b"|")
@@ -249,17 +253,17 @@ class RunRecorder:
         workers = workers or (1 if _accelerator() else os.cpu_count() or 1)
         folder, name = self.folder, self.name
 
-        def one(key: str) -> str:
-            RunRecorder(name, folder=folder).cached(key, lambda: function(*steps[key]), content=steps[key])
-            return key
+        def one(key: str, arguments: tuple) -> None:
+            RunRecorder(name, folder=folder).cached(key, lambda: function(*arguments), content=arguments)
 
         missing = [key for key, arguments in steps.items() if not self._place(key, arguments).exists()]
         if not self._temporary and len(missing) > 1 and workers > 1:
-            done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(one)(key) for key in missing)
+            done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(one)(key, steps[key]) for key in missing)
             for _ in tqdm(done, total=len(missing), desc=label, mininterval=2, leave=False):
                 pass
         bar = tqdm(steps.items(), desc=label, mininterval=2, leave=False)
-        return {key: self.cached(key, lambda: function(*arguments), content=arguments) for key, arguments in bar}
+        with threadpool_limits(1):  # as in the processes: the last bits of a sum depend on the number of threads
+            return {key: self.cached(key, lambda: function(*arguments), content=arguments) for key, arguments in bar}
 
     def kept(self, key: str, write: Callable[[Path], None], content: tuple) -> Path:
         """A folder that is costly to make, such as a model's, kept by its content like `cached`.

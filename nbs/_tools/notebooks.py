@@ -146,7 +146,9 @@ def store(path: Path, notebook: nbformat.NotebookNode) -> list[str]:
         # Warnings and progress go to whoever runs it, not to whoever reads it.
         for output in [o for o in cell.outputs if o.get("name") == "stderr"]:
             complaints.append(f"cell {number} wrote to stderr: {output.text.strip()[-300:]}")
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        # A bar drawn as a widget cannot be drawn on a page without asking the outside for a script.
+        widget = "application/vnd.jupyter.widget-view+json"
+        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and widget not in o.get("data", {})]
         if any(str(place) in json.dumps(cell.outputs) for place in (ROOT, Path.home())):
             complaints.append(f"cell {number} shows a path of this machine")
     notebook.metadata["ecomrec"] = {"code": code_hash(notebook)}
