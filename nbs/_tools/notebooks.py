@@ -151,6 +151,7 @@ def store(path: Path, notebook: nbformat.NotebookNode) -> list[str]:
         cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and widget not in o.get("data", {})]
         if any(str(place) in json.dumps(cell.outputs) for place in (ROOT, Path.home())):
             complaints.append(f"cell {number} shows a path of this machine")
+    notebook.metadata.pop("widgets", None)
     notebook.metadata["ecomrec"] = {"code": code_hash(notebook)}
     _write(path, cleaned(notebook))
     return complaints
