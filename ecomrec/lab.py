@@ -11,6 +11,7 @@ __all__ = ['UNITS', 'RUN_VARIABLE', 'PATHS', 'NAMES_OR_PATHS', 'content_hash', '
 import ast
 import contextlib
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -217,7 +218,10 @@ class RunRecorder:
         Returns:
             The result as it was stored, the first time too, so that both times give the same numbers.
         """
-        folder = self._place(key, content)
+        return self._part(key, self._place(key, content), function)
+
+    def _part(self, key: str, folder: Path, function: Callable[[], object]) -> object:
+        """`cached` once the folder of the part is known."""
         if folder.exists():
             try:
                 return _restore(folder)
@@ -235,7 +239,7 @@ class RunRecorder:
         if content is None:
             return self.folder / "parts" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         root = self.folder if self._temporary else self.folder.parent
-        return root / ".cache" / f"{slug}-{content_hash(_package_source('model'), *content)[:16]}"
+        return root / ".cache" / f"{slug}-{content_hash(_package_source('model'), _versions(), *content)[:16]}"
 
     def cached_many(
         self, steps: dict[str, tuple], function: Callable[..., object], workers: int | None = None, label: str = "steps"
@@ -251,19 +255,19 @@ class RunRecorder:
             The results by key.
         """
         workers = workers or (1 if _accelerator() else os.cpu_count() or 1)
-        folder, name = self.folder, self.name
+        folder, name, places = self.folder, self.name, {key: self._place(key, steps[key]) for key in steps}
 
-        def one(key: str, arguments: tuple) -> None:
-            RunRecorder(name, folder=folder).cached(key, lambda: function(*arguments), content=arguments)
+        def one(key: str, place: Path, arguments: tuple) -> None:
+            RunRecorder(name, folder=folder)._part(key, place, lambda: function(*arguments))
 
-        missing = [key for key, arguments in steps.items() if not self._place(key, arguments).exists()]
+        missing = [key for key, place in places.items() if not place.exists()]
         if not self._temporary and len(missing) > 1 and workers > 1:
-            done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(one)(key, steps[key]) for key in missing)
+            done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(one)(key, places[key], steps[key]) for key in missing)
             for _ in tqdm(done, total=len(missing), desc=label, mininterval=2, leave=False):
                 pass
         bar = tqdm(steps.items(), desc=label, mininterval=2, leave=False)
         with threadpool_limits(1):  # as in the processes: the last bits of a sum depend on the number of threads
-            return {key: self.cached(key, lambda: function(*arguments), content=arguments) for key, arguments in bar}
+            return {key: self._part(key, places[key], lambda: function(*arguments)) for key, arguments in bar}
 
     def kept(self, key: str, write: Callable[[Path], None], content: tuple) -> Path:
         """A folder that is costly to make, such as a model's, kept by its content like `cached`.
@@ -278,7 +282,10 @@ class RunRecorder:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as half:
                 write(Path(half) / "made")
-                os.replace(Path(half) / "made", folder)
+                with contextlib.suppress(OSError):  # another run may have made the same folder meanwhile
+                    os.replace(Path(half) / "made", folder)
+        if not folder.exists():
+            raise RunError(f"{key}: {folder} could not be written; look whether the disk is full")
         return folder
 
     def per_query(self, frame: pd.DataFrame) -> None:
@@ -544,6 +551,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     """Versions of Python and of what the package needs."""
     versions = {"python": platform.python_version()}

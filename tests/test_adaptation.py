@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from ecomrec.data.artefacts import ArtefactError, verify
-from ecomrec.model import adaptation
 from ecomrec.model.adaptation import (
     adapt_contrastive,
     adapt_masked,
@@ -32,6 +31,7 @@ from ecomrec.model.adaptation import (
     pretrain_decoder,
     unknown_characters,
 )
+from ecomrec.model.finetuning import save_model
 from ecomrec.model.text import embed, load_encoder, unknown_share
 
 WORDS = "red blue running leather shoes water bottle for men women bag the and light 白 10 42 . , > 's".split()
@@ -142,7 +142,7 @@ def test_bad_texts_and_numbers_are_named(encoder):
 
 
 def test_an_extended_encoder_is_saved_and_opened_by_plain_sentence_transformers(extended, tmp_path):
-    adaptation._write_encoder(extended, tmp_path / "model")
+    save_model(extended, tmp_path / "model")
     verify(tmp_path / "model")
     opened = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert opened.tokenizer.get_vocab() == extended.tokenizer.get_vocab()
@@ -221,7 +221,7 @@ def test_pairs_are_learned_repeatable_and_saved(extended, tmp_path):
 def test_what_is_no_saved_folder_is_not_overwritten(extended, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ArtefactError, match="nothing was touched"):
-        adaptation._write_encoder(extended, tmp_path)
+        save_model(extended, tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 

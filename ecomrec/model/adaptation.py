@@ -11,6 +11,7 @@ __all__ = ['unknown_characters', 'broken_words', 'company', 'extend_vocabulary',
 import copy
 import json
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -195,12 +196,6 @@ def extend_vocabulary(
     return extended.eval()
 
 # %% ../../nbs/model/05_adaptation.ipynb #0000001a
-def _write_encoder(encoder: SentenceTransformer, folder: Path | str) -> None:
-    """Save an encoder with checksums, whole or not at all."""
-    with writing(Path(folder)) as half, _quiet():
-        encoder.save_pretrained(str(half), create_model_card=False)
-
-
 def _write_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path | str) -> None:
     """Save a language model and its tokenizer with checksums, whole or not at all."""
     with writing(Path(folder)) as half, _quiet():
@@ -226,10 +221,11 @@ def _arguments(
     return training_arguments(kind, settings, folder, num_train_epochs=epochs, save_strategy="no", logging_steps=10, **more)
 
 
-def _trained(trainer: Trainer) -> tuple[float, ...]:
+def _trained(trainer: Trainer, progress: bool) -> tuple[float, ...]:
     """Run a trainer and return its losses."""
-    log = run_trainer(trainer)
+    log = run_trainer(trainer, progress=progress)
     trainer.model.eval()
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # it makes the folder even if nothing is kept
     return tuple(log["loss"].dropna())
 
 
@@ -270,6 +266,7 @@ def adapt_masked(
     masked_share: float = 0.15,
     max_tokens: int = 64,
     seed: int = 0,
+    progress: bool = False,
 ) -> Adapted:
     """Let an encoder guess masked tokens of the catalogue's own texts; the given one stays as it is.
 
@@ -283,6 +280,7 @@ def adapt_masked(
         masked_share: Share of the tokens to guess.
         max_tokens: Longest text in word pieces.
         seed: Of the head, the order, the masks and the dropout.
+        progress: Show a bar.
     Returns:
         The adapted encoder, and the masked language model with its head.
     Raises:
@@ -295,10 +293,10 @@ def adapt_masked(
     rows, model = _token_rows(tokenizer, texts, max_tokens), masked_model(encoder, seed)
     arguments = _arguments(TrainingArguments, epochs, learning_rate, batch_size, seed)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=masked_share)
-    losses = _trained(Trainer(model, arguments, train_dataset=rows, data_collator=collator))
+    losses = _trained(Trainer(model, arguments, train_dataset=rows, data_collator=collator), progress)
     adapted[0].model.load_state_dict(model.base_model.state_dict(), strict=False)
     if folder is not None:
-        _write_encoder(adapted, Path(folder) / "encoder")
+        save_model(adapted, Path(folder) / "encoder")
         _write_language_model(model, tokenizer, Path(folder) / "masked")
     return Adapted(adapted.eval(), losses, model)
 
@@ -426,6 +424,7 @@ def adapt_contrastive(
     batch_size: int = 64,
     temperature: float = 0.05,
     seed: int = 0,
+    progress: bool = False,
 ) -> Adapted:
     """Train an encoder so that texts of one product come near each other; the given one stays as it is.
 
@@ -438,6 +437,7 @@ def adapt_contrastive(
         batch_size: Pairs in one step; each is a wrong answer to the others, except where `also_right` says no.
         temperature: What the cosines are divided by.
         seed: Of the order and the dropout.
+        progress: Show a bar.
     Returns:
         The adapted encoder and its training loss.
     Raises:
@@ -455,14 +455,18 @@ def adapt_contrastive(
     kind = SentenceTransformerTrainingArguments
     arguments = _arguments(kind, epochs, learning_rate, batch_size, seed, dataloader_drop_last=len(pairs) > batch_size)
     trainer = SentenceTransformerTrainer(adapted, arguments, train_dataset=rows, loss=_PairLoss(adapted, temperature))
-    losses = _trained(trainer)
+    losses = _trained(trainer, progress)
     if folder is not None:
-        _write_encoder(adapted, folder)
+        save_model(adapted, folder)
     return Adapted(adapted.eval(), losses)
 
 # %% ../../nbs/model/05_adaptation.ipynb #1ecf430a
-def adapt_catalogue(checkpoint: str, products: pd.DataFrame, folder: Path | str, epochs: float = 1, seed: int = 0) -> None:
+def adapt_catalogue(
+    checkpoint: str, products: pd.DataFrame, folder: Path | str, epochs: float = 1, seed: int = 0, progress: bool = False,
+) -> None:
     """Adapt an encoder to a catalogue without labels and save it: readable characters, then the catalogue's own pairs.
+
+    Guessing masked tokens is left out: where it was measured, the pairs came as far without it.
 
     Args:
         checkpoint: Folder or name for `load_encoder`.
@@ -470,10 +474,11 @@ def adapt_catalogue(checkpoint: str, products: pd.DataFrame, folder: Path | str,
         folder: Where to save the encoder.
         epochs: Passes over the pairs.
         seed: Of new vectors, pairs, order and dropout.
+        progress: Show a bar.
     """
     fields = [field for field in ("title", "description", "category", "attributes") if field in products.columns]
     extended = extend_vocabulary(load_encoder(checkpoint), product_text(products, fields).tolist(), seed=seed)
-    adapt_contrastive(extended, catalogue_pairs(products, seed=seed), folder, epochs, seed=seed)
+    adapt_contrastive(extended, catalogue_pairs(products, seed=seed), folder, epochs, seed=seed, progress=progress)
 
 # %% ../../nbs/model/05_adaptation.ipynb #662b9401
 @torch.no_grad()
@@ -485,7 +490,11 @@ def copying_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
         tokenizer: Its tokenizer.
         texts: Texts to solve it on; some hundred will do.
         max_tokens: Longest text in word pieces.
+    Raises:
+        ValueError: If the head is none of BERT's kind, whose layers are known here.
     """
+    if not hasattr(getattr(model, "cls", None), "predictions"):
+        raise ValueError(f"model: {type(model).__name__} has no head like BERT's (cls.predictions), which alone can be solved")
     batch = tokenizer(_legible(texts), truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
     batch = batch.to(model.device)
     words = (batch["attention_mask"] == 1) & (batch["input_ids"] != tokenizer.cls_token_id)
@@ -533,7 +542,8 @@ def imitation_lists(encoder: SentenceTransformer, texts: pd.Series, n: int, size
 
 # %% ../../nbs/model/05_adaptation.ipynb #7597a02f
 def prepare_sparse(
-    checkpoint: str, texts: pd.Series, folder: Path | str, max_tokens: int = 48, n: int = 600, seed: int = 0,
+    checkpoint: str, texts: pd.Series, folder: Path | str, max_tokens: int = 48, n: int = 400, seed: int = 0,
+    progress: bool = False,
 ) -> None:
     """Make a sparse encoder out of a dense one, without labels, and save it.
 
@@ -544,6 +554,9 @@ def prepare_sparse(
         max_tokens: Longest text in word pieces.
         n: Lists to imitate.
         seed: Of what is drawn and of the dropout.
+        progress: Show a bar.
+    Raises:
+        ValueError: If the encoder is none of BERT's kind.
     Source: Formal et al. (2021), SPLADE v2, with distillation.
     """
     encoder = load_encoder(checkpoint, max_tokens=max_tokens)
@@ -554,7 +567,8 @@ def prepare_sparse(
         _write_language_model(masked, encoder.tokenizer, Path(place) / "masked")
         model = open_model("sparse_encoder", f"{place}/masked", max_tokens, seed)
     settings = Training(learning_rate=2e-5, list_size=8, max_tokens=max_tokens, sparsity=1e-3, seed=seed)
-    fine_tune(model, imitation_lists(encoder, read, n, settings.list_size, seed), settings, distillation_loss)
+    lists = imitation_lists(encoder, read, n, settings.list_size, seed)
+    fine_tune(model, lists, settings, distillation_loss, progress=progress)
     save_model(model, folder)
 
 # %% ../../nbs/model/05_adaptation.ipynb #00000035
@@ -603,6 +617,7 @@ def pretrain_decoder(
     max_tokens: int = 64,
     device: str = "cpu",
     seed: int = 0,
+    progress: bool = False,
 ) -> GPT2LMHeadModel:
     """Teach a small GPT the shop's language: guess each token from those before it.
 
@@ -618,13 +633,14 @@ def pretrain_decoder(
         max_tokens: Longest text in word pieces.
         device: Where to compute.
         seed: Of the weights, the order and the dropout.
+        progress: Show a bar.
     Raises:
         ValueError: If there is no text, one is not a string, or the tokenizer has no padding token.
     """
     rows, model = _token_rows(tokenizer, texts, max_tokens), new_decoder(tokenizer, layers, width, heads, max_tokens, seed)
     arguments = _arguments(TrainingArguments, epochs, learning_rate, batch_size, seed)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    _trained(Trainer(model.to(device), arguments, train_dataset=rows, data_collator=collator))
+    _trained(Trainer(model.to(device), arguments, train_dataset=rows, data_collator=collator), progress)
     if folder is not None:
         _write_language_model(model, tokenizer, folder)
     return model

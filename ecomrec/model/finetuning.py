@@ -9,6 +9,9 @@ __all__ = ['PADDING', 'KINDS', 'TextModel', 'Objective', 'Training', 'training_l
 
 # %% ../../nbs/model/04_finetuning.ipynb #6d91a63b
 import contextlib
+import hashlib
+import itertools
+import json
 import logging
 import shutil
 import tempfile
@@ -74,7 +77,7 @@ class Training:
         weight_decay: Pull of the weights towards 0.
         warmup: Share of the steps in which the learning rate rises.
         max_tokens: Longest text in word pieces (query and product together in a cross-encoder).
-        frozen_layers: The embeddings and this many lower layers stay as they are; 0 trains all.
+        frozen_layers: The embeddings and this many lower layers stay as they are, never the last one; 0 trains all.
         kept: Share of the weights before the training in the weights after it: 0 keeps what was learned, 1 nothing. A mean
             of both forgets less (Wortsman et al., 2022).
         lora_rank: Train only low-rank additions of this rank (LoRA); 0 trains the weights themselves.
@@ -188,7 +191,8 @@ def mine_negatives(
         query_ids: Ids of the rows.
         item_ids: Ids of the columns.
         depth: How far down the ranking to look.
-        margin: What scores above this share of the query's median relevant product is taken for a missing judgement.
+        margin: What scores above this share of the query's median relevant product is taken for a missing judgement
+            (where that is negative, above what lies as far below it).
     Returns:
         Item ids by query_id, best first; only queries that have a relevant product.
     Source: Qu et al. (2021), RocketQA, denoised hard negatives; here with the graded products as the denoiser.
@@ -200,7 +204,8 @@ def mine_negatives(
         if not len(good):
             continue
         best = np.argsort(-row, kind="stable")[: depth + len(mine)]
-        best = best[row[best] < margin * np.median(row[good])]
+        typical = np.median(row[good])
+        best = best[row[best] < typical - (1 - margin) * abs(typical)]
         found[query_id] = [item for item in columns[best] if item not in set(mine["item_id"])][:depth]
     return found
 
@@ -210,13 +215,15 @@ TextModel = SentenceTransformer | CrossEncoder | SparseEncoder
 _WITH_HEAD = {"cross_encoder": AutoModelForSequenceClassification, "sparse_encoder": AutoModelForMaskedLM}
 
 
-def _missing_weights(folder: Path, kind: str) -> str:
+def _head_flaw(folder: Path, kind: str) -> str:
     """Which weights a folder lacks; a head is one of them only if it was saved with one, else a new one is meant."""
     body, whole = _bert(folder), _WITH_HEAD[kind]
     if body is None:
         return ""
-    saved = AutoConfig.from_pretrained(body).architectures or []
-    headed = any(name.endswith(whole.__name__.removeprefix("AutoModel")) for name in saved)
+    config = AutoConfig.from_pretrained(body)
+    headed = any(name.endswith(whole.__name__.removeprefix("AutoModel")) for name in config.architectures or [])
+    if headed and kind == "cross_encoder" and config.num_labels != 1:
+        return f"its head tells {config.num_labels} classes apart; a cross-encoder's gives one score"
     return _weights_flaw(folder, whole if headed else AutoModel)
 
 
@@ -256,7 +263,7 @@ def open_model(kind: str, checkpoint: str, max_tokens: int = 64, seed: int = 0, 
     where, device = _locate(str(checkpoint)), device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with _quiet(), _unsurprised():
-            flaw = _missing_weights(Path(where), kind) if Path(where).is_dir() else ""
+            flaw = _head_flaw(Path(where), kind) if Path(where).is_dir() else ""
             if not flaw:
                 torch.manual_seed(seed)
                 model = _with_head(kind, where, max_tokens, device)
@@ -276,7 +283,9 @@ def _with_head(kind: str, where: str, max_tokens: int, device: str) -> CrossEnco
         model.config.pad_token_id = model.tokenizer.pad_token_id  # a GPT has none of its own
         return model
     if (Path(where) / "modules.json").exists() and (Path(where) / "1_SpladePooling").exists():
-        return SparseEncoder(where, device=device, model_kwargs=safe)
+        model = SparseEncoder(where, device=device, model_kwargs=safe)
+        model.max_seq_length = max_tokens
+        return model
     body = Transformer(where, transformer_task="fill-mask", model_kwargs=safe)
     body.max_seq_length = max_tokens
     return SparseEncoder(modules=[body, SpladePooling("max")], device=device)
@@ -410,13 +419,9 @@ def _freeze(model: TextModel, n_layers: int) -> None:
         return
     stacks = [module for module in _body(model).modules() if isinstance(module, torch.nn.ModuleList)]
     layers = max(stacks, key=len)
-    if n_layers > len(layers):
-        raise ValueError(f"frozen_layers: {n_layers}, but the checkpoint has only {len(layers)} layers")
-    lowest = {id(weight) for weight in layers[:n_layers].parameters()}
-    weights = list(_body(model).parameters())  # in the order of the layers, the embeddings first
-    last = max(place for place, weight in enumerate(weights) if id(weight) in lowest)
-    for weight in weights[: last + 1]:
-        weight.requires_grad_(False)
+    first = next(layers[min(n_layers, len(layers) - 1)].parameters())
+    for weight in itertools.takewhile(lambda weight: weight is not first, _body(model).parameters()):
+        weight.requires_grad_(False)  # they come in the order of the layers, the embeddings first
 
 
 def _add_lora(model: TextModel, rank: int) -> None:
@@ -460,14 +465,14 @@ def fine_tune(
         settings: How; its `epochs` are in the lists already.
         objective: `graded_loss` on grades, or `distillation_loss` on a teacher's scores.
         folder: Where checkpoints are kept while it trains, so that a killed training goes on; none if left out. It is
-            deleted at the end.
+            deleted at the end. Checkpoints of another model, other lists or settings are refused.
         save_every: Steps between two checkpoints.
         watch: Called with the model every 20 steps; its numbers are noted beside the loss.
         progress: Show a bar.
     Returns:
         The loss by step, and what `watch` gave.
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, or the folder holds checkpoints of another training.
     """
     missing = {"query", "docs", "labels"} - set(lists.column_names)
     if missing:
@@ -481,6 +486,8 @@ def fine_tune(
     if family is SparseEncoder:
         loss = SpladeLoss(model, loss, settings.sparsity, settings.sparsity)
     keep = {} if folder is None else {"save_strategy": "steps", "save_steps": save_every}
+    if folder:
+        _claim(Path(folder), model, lists, settings)
     place = contextlib.nullcontext(str(folder)) if folder else tempfile.TemporaryDirectory()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()} if settings.kept else {}
     if settings.lora_rank:
@@ -499,6 +506,18 @@ def fine_tune(
             weight.lerp_(before[name], settings.kept)
     model.requires_grad_(True).eval()
     return log
+
+
+def _claim(folder: Path, model: TextModel, lists: Dataset, settings: Training) -> None:
+    """Note in the folder which training its checkpoints belong to; refuse it where that was another one."""
+    told = hashlib.sha256(json.dumps([repr(settings), lists.to_list()]).encode())
+    for name, weight in model.state_dict().items():
+        told.update(name.encode() + weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    note = folder / "training.txt"
+    if note.exists() and note.read_text(encoding="utf-8") != told.hexdigest():
+        raise ValueError(f"folder: {folder} holds checkpoints of another training; delete it, or give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(told.hexdigest(), encoding="utf-8")
 
 
 def _in_columns(lists: Dataset) -> Dataset:

@@ -12,6 +12,7 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -261,7 +262,11 @@ class Engine:
     ):
         self.products, self.lexical, self.dense = products.reset_index(drop=True), lexical, dense
         self.encoder, self.recipe, self.encoder_name = encoder, recipe, encoder_name
-        self.speller = Speller.from_products(self.products, () if encoder is None else whole_words(encoder))
+
+    @cached_property
+    def speller(self) -> Speller:
+        """Mends queries with the shop's own words; made from the products at the first search."""
+        return Speller.from_products(self.products, () if self.encoder is None else whole_words(self.encoder))
 
     @classmethod
     def from_products(
