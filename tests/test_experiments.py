@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from ecomrec import lab
@@ -34,6 +35,30 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     else:
         assert first["random/judged_ndcg@10"] < min(first[f"{rung}/judged_ndcg@10"] for rung in ("bm25", "zero_shot", "hybrid"))
         assert {"hybrid/judged_ndcg@10[language=zh]", "hybrid/judged_ndcg@10[language=en]", "hybrid/kappa"} <= set(first)
+
+
+def own_files(folder, n_queries: int, grade) -> dict[str, str]:
+    """A small shop and judgements of its first queries, as CSV files."""
+    things, colours = ["shoe", "hat", "lamp", "chair", "cup", "desk"], ["red", "blue", "green", "white"]
+    rows = [(f"{colour}-{thing}", f"{colour} {thing}", thing) for thing in things for colour in colours]
+    pd.DataFrame([row[:2] for row in rows], columns=["item_id", "title"]).to_csv(folder / "products.csv", index=False)
+    judged = [(thing, item, grade(colour)) for thing in things[:n_queries] for item, colour, own in
+              ((item, title.split()[0], kind) for item, title, kind in rows) if own == thing]
+    pd.DataFrame(judged, columns=["query", "item_id", "grade"]).to_csv(folder / "judgements.csv", index=False)
+    return {"products": str(folder / "products.csv"), "judgements": str(folder / "judgements.csv")}
+
+
+def test_one_judged_query_is_too_few_and_says_so(tmp_path):
+    with pytest.raises(lab.NotebookError, match="judgements: 1 queries have a grade above 0; 5 folds need as many"):
+        lab.run("relevance", own_files(tmp_path, 1, lambda colour: int(colour == "red")), root=tmp_path, progress=False)
+
+
+def test_equal_grades_are_measured_without_trees(tmp_path):
+    files = own_files(tmp_path, 6, lambda colour: 2)
+    folder = lab.run("relevance", files | {"rungs": ["ltr"]}, root=tmp_path, progress=False)
+    found = metrics(folder)
+    assert found["hybrid/judged_ndcg@10"] == pytest.approx(1) == found["random/judged_ndcg@10"] and "ltr/judged_ndcg@10" not in found
+    assert "trees have nothing to learn" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
 from transformers import (
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
@@ -284,6 +285,25 @@ def test_gradient_caching_changes_neither_loss_nor_gradient(checkpoints, family,
         assert torch.allclose(gradients[name], cached_gradients[name], rtol=1e-4, atol=1e-6), name
 
 
+def test_checkpoints_of_another_training_are_refused(checkpoints, tmp_path):
+    settings, lists = replace(TINY, epochs=1), training_lists(JUDGED, TEXTS, replace(TINY, epochs=1))
+    (tmp_path / "kept").mkdir()
+    others = [(settings, lists.select(range(4))), (replace(settings, learning_rate=1e-3), lists)]
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(open_model("bi_encoder", str(checkpoints["bert"]), 16), lists, settings, folder=tmp_path / "kept", watch=stop)
+    for other, rows in others:
+        with pytest.raises(ValueError, match="kept holds checkpoints of another training"):
+            fine_tune(open_model("bi_encoder", str(checkpoints["bert"]), 16), rows, other, folder=tmp_path / "kept")
+    with pytest.raises(ValueError, match="of another training"):
+        fine_tune(open_model("cross_encoder", str(checkpoints["bert"]), 16), lists, settings, folder=tmp_path / "kept")
+    fine_tune(open_model("bi_encoder", str(checkpoints["bert"]), 16), lists, settings, folder=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 @pytest.mark.parametrize("kind, family", MODELS)
 def test_lora_leaves_plain_weights_and_changes_only_matrices(checkpoints, tmp_path, kind, family):
     model = open_model(kind, str(checkpoints[family]), 16, device="cpu")
@@ -428,6 +448,12 @@ def test_mined_negatives_are_high_unjudged_and_not_too_high(case, seed, margin, 
         taken = {f"words of {query}": {texts[item] for item in items} for query, items in mined.items()}
         labelled = [(row["query"], *pair) for row in lists for pair in zip(row["docs"], row["labels"])]
         assert all(label == 0 for query, doc, label in labelled if doc in taken[query])
+
+
+def test_negatives_are_mined_from_negative_scores_too():
+    judged = pd.DataFrame({"query_id": "q", "item_id": ["good"], "grade": [1]})
+    scores = np.array([[-10.0, -10.2, -10.9, -1.0]])  # right, nearly as good, surely worse, better
+    assert mine_negatives(scores, judged, ["q"], ["good", "near", "worse", "better"]) == {"q": ["worse"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -581,6 +607,19 @@ def test_a_head_may_be_new_but_a_saved_one_must_be_whole(saved, tmp_path, kind, 
 def test_a_cross_encoder_is_no_bi_encoder(saved, family):
     with pytest.raises(EncoderError, match=r"this is a cross-encoder \((Bert|GPT2)ForSequenceClassification\)"):
         open_model("bi_encoder", str(saved["cross_encoder", family]))
+
+
+def test_a_head_of_three_classes_scores_nothing(tmp_path, checkpoints):
+    three = AutoModelForSequenceClassification.from_pretrained(checkpoints["bert"], num_labels=3)
+    three.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="its head tells 3 classes apart"):
+        open_model("cross_encoder", str(tmp_path))
+
+
+@pytest.mark.parametrize("kind, family", MODELS)
+def test_a_saved_model_reads_as_far_as_it_is_told(saved, kind, family):
+    assert open_model(kind, str(saved[kind, family]), 5, device="cpu").max_seq_length == 5
 
 
 def test_a_gpt_fills_no_masks_and_a_name_may_be_unknown(checkpoints):

@@ -519,6 +519,20 @@ def test_a_folder_that_failed_half_way_is_not_kept(tmp_path):
     assert made.is_dir() and recorder.kept("model", fails, content=("v1",)) == made
 
 
+def test_a_folder_that_another_run_made_meanwhile_is_taken(tmp_path):
+    recorder = lab.RunRecorder("toy", {}, tmp_path / "toy-1")
+
+    def slow(folder):
+        folder.mkdir()
+        (folder / "mine").touch()
+        quick = recorder._place("model", ("v1",))
+        quick.mkdir()
+        (quick / "theirs").touch()
+
+    made = recorder.kept("model", slow, content=("v1",))
+    assert [path.name for path in made.iterdir()] == ["theirs"] and len(list((tmp_path / ".cache").iterdir())) == 1
+
+
 def test_content_hash_sees_every_change(tmp_path):
     frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
     others = [frame.assign(b=["x", "z"]), frame.rename(columns={"a": "c"}), frame[::-1], frame["a"], np.arange(2), 1, "1"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ecomrec.data.artefacts import ArtefactError
 from ecomrec.evaluate.metrics import ndcg
 from ecomrec.search.index import with_feedback
-from ecomrec.search.ranking import LambdaRanker, match_features, rerank
+from ecomrec.search.ranking import LambdaRanker, match_features, mixture_ndcg, rerank, tune_mixture, weight_grid
 
 QUICK = settings(deadline=None, max_examples=25)
 COLUMNS = [
@@ -298,3 +298,26 @@ def test_rerank_with_ties_and_errors():
         rerank(first, first, -1)
     with pytest.raises(ValueError, match="query 0, item 1: .* NaN"):
         rerank(first, np.array([[1.0, np.nan, 2.0, np.nan]]), 2)
+
+
+def test_weights_are_tried_alike_on_pairs_and_on_whole_catalogues():
+    rng, names, items = np.random.default_rng(0), ["q1", "q2"], ["a", "b", "c", "d"]
+    parts = {"words": rng.random((2, 4)), "vectors": rng.random((2, 4))}
+    judged = pd.DataFrame({"query_id": ["q1", "q1", "q1", "q2", "q2"], "item_id": ["a", "c", "d", "b", "a"], "grade": [2, 0, 1, 1, 0]})
+    grid = weight_grid(["vectors", "words"], step=0.5)
+    low, high = ({name: end(part, axis=1, keepdims=True) for name, part in parts.items()} for end in (np.min, np.max))
+    place = [names.index(q) for q in judged["query_id"]], [items.index(i) for i in judged["item_id"]]
+    voices = {name: ((part - low[name]) / (high[name] - low[name]))[place] for name, part in parts.items()}
+    table = mixture_ndcg(voices, judged, grid)
+    pd.testing.assert_frame_equal(table, tune_mixture(parts, judged, names, items, grid))
+    for number, weights in enumerate(grid):
+        score = sum(weights[name] * voices[name] for name in voices)
+        grades = judged.assign(score=score)[judged["query_id"] == "q1"].sort_values("score", ascending=False)["grade"]
+        ideal = 3 + 1 / np.log2(3)
+        assert table.loc["q1", number] == pytest.approx(((2.0**grades - 1) / np.log2(np.arange(2, 5))).sum() / ideal)
+
+
+def test_bm25_by_field_follows_its_constants(products):
+    usual, flat = match_features(products, QUERIES, PAIRS), match_features(products, QUERIES, PAIRS, k1=0.4, b=0.0)
+    by_field = [name for name in usual if name.startswith("bm25_")]
+    assert (usual[by_field] != flat[by_field]).any(axis=None) and usual.drop(columns=by_field).equals(flat.drop(columns=by_field))
