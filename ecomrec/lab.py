@@ -37,6 +37,7 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -177,14 +178,19 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(half, path)
 
 # %% ../nbs/01_lab.ipynb #0000000b
-def _peak_memory() -> int:
-    """Largest resident memory of this process or of one of its finished children, in bytes; 0 where it is not told."""
+def _peak_memory(workers: int = 1) -> int:
+    """Most resident memory that a run can have held at once, in bytes; 0 where it is not told.
+
+    Without parallel workers this is the peak of this process or of a finished child. With them it is an upper bound: the peak of
+    this process, and for each worker that of the largest child.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such module
         return getattr(psutil.Process().memory_info(), "peak_wset", 0)
     unit = 1 if sys.platform == "darwin" else 1024
-    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, child = (unit * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return max(own, child) if workers == 1 else own + workers * child
 
 
 def _accelerator() -> str | None:
@@ -206,6 +212,7 @@ class RunRecorder:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix=f"{name}-")
         self.name, self.parameters = name, dict(parameters or {})
         self.folder = Path(folder or self._temporary.name)
+        self._workers = 1
 
     def cached(self, key: str, function: Callable[[], object], content: tuple | None = None) -> object:
         """The result of a long step: computed once, read back when a killed run is run again.
@@ -213,8 +220,9 @@ class RunRecorder:
         Args:
             key: Name of the step, unique in the run, e.g. "bi_encoder fold=3 seed=0".
             function: Makes the result: a table, an array, what JSON can hold, or a dict by text of these.
-            content: All that the result depends on, see `content_hash`. With it the part is kept beside the runs and serves
-                other runs too, as long as this content and the code of the models are the same.
+            content: All that the result depends on, see `content_hash`. With it the part is kept beside the runs, in `.cache`,
+                and serves other runs too, as long as this content, the code of the models and the libraries are the same. What
+                no longer serves stays there until you delete the folder; nothing but time is lost with it.
         Returns:
             The result as it was stored, the first time too, so that both times give the same numbers.
         """
@@ -258,13 +266,16 @@ class RunRecorder:
         folder, name, places = self.folder, self.name, {key: self._place(key, steps[key]) for key in steps}
 
         def one(key: str, place: Path, arguments: tuple) -> None:
-            RunRecorder(name, folder=folder)._part(key, place, lambda: function(*arguments))
+            with threadpool_limits(1):
+                RunRecorder(name, folder=folder)._part(key, place, lambda: function(*arguments))
 
         missing = [key for key, place in places.items() if not place.exists()]
-        if not self._temporary and len(missing) > 1 and workers > 1:
+        if len(missing) > 1 and workers > 1:
+            self._workers = max(self._workers, min(workers, len(missing)))
             done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(one)(key, places[key], steps[key]) for key in missing)
             for _ in tqdm(done, total=len(missing), desc=label, mininterval=2, leave=False):
                 pass
+            get_reusable_executor().shutdown()  # idle processes hold their memory, and only ended ones tell how much it was
         bar = tqdm(steps.items(), desc=label, mininterval=2, leave=False)
         with threadpool_limits(1):  # as in the processes: the last bits of a sum depend on the number of threads
             return {key: self._part(key, places[key], lambda: function(*arguments)) for key, arguments in bar}
@@ -274,18 +285,18 @@ class RunRecorder:
 
         Args:
             key: Name of the step.
-            write: Fills the folder that it is given; it may be called again after a kill.
+            write: Saves to the folder that it is given, whole and with a manifest (see `writing`).
             content: All that the folder depends on.
         """
         folder = self._place(key, content)
-        if not folder.exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as half:
-                write(Path(half) / "made")
-                with contextlib.suppress(OSError):  # another run may have made the same folder meanwhile
-                    os.replace(Path(half) / "made", folder)
-        if not folder.exists():
-            raise RunError(f"{key}: {folder} could not be written; look whether the disk is full")
+        if folder.exists():
+            try:
+                verify(folder)
+                return folder
+            except ArtefactError:
+                print(f"{self.name}: {key!r} is damaged and is made again", file=sys.stderr)
+                shutil.rmtree(folder)
+        write(folder)
         return folder
 
     def per_query(self, frame: pd.DataFrame) -> None:
@@ -316,7 +327,7 @@ class RunRecorder:
             RunError: If a value is NaN, infinite or no number.
         """
         write_json(self.folder / "result.json", _checked_metrics(metrics))
-        write_json(self.folder / "kernel.json", {"peak_memory_bytes": _peak_memory(), "gpu": _accelerator()})
+        write_json(self.folder / "kernel.json", {"peak_memory_bytes": _peak_memory(self._workers), "gpu": _accelerator()})
 
     def __repr__(self) -> str:
         return f"RunRecorder({self.name!r}, {'a temporary folder' if self._temporary else self.folder.name})"

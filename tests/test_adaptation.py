@@ -31,7 +31,7 @@ from ecomrec.model.adaptation import (
     pretrain_decoder,
     unknown_characters,
 )
-from ecomrec.model.finetuning import save_model
+from ecomrec.model.finetuning import open_model, save_model
 from ecomrec.model.text import embed, load_encoder, unknown_share
 
 WORDS = "red blue running leather shoes water bottle for men women bag the and light 白 10 42 . , > 's".split()
@@ -248,3 +248,9 @@ def test_a_later_token_does_not_change_an_earlier_guess(extended):
     with torch.inference_mode():
         first, second = decoder(input_ids=ids).logits
     assert torch.allclose(first[:5], second[:5], atol=1e-5) and not torch.allclose(first[5], second[5])
+
+
+def test_a_decoder_reads_pairs_as_it_was_taught(encoder, tmp_path):
+    pretrain_decoder(["red shoe", "blue hat"] * 8, encoder.tokenizer, tmp_path / "gpt", layers=1, width=16)
+    features = open_model("cross_encoder", str(tmp_path / "gpt"), 16, device="cpu").preprocess([("red", "shoe")])
+    assert "token_type_ids" in encoder.tokenizer("red", "shoe") and "token_type_ids" not in features

@@ -304,6 +304,27 @@ def test_checkpoints_of_another_training_are_refused(checkpoints, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_folder_with_other_files_is_not_touched(checkpoints, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that are no checkpoints of ours"):
+        fine_tune(open_model("bi_encoder", str(checkpoints["bert"]), 16), training_lists(JUDGED, TEXTS, TINY), TINY, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "precious"]
+
+
+def test_a_teacher_gives_the_labels(checkpoints):
+    teacher = pd.DataFrame(np.arange(len(TEXTS) * JUDGED["query_id"].nunique()).reshape(-1, len(TEXTS)) / 7.0,
+                           sorted(JUDGED["query_id"].unique()), TEXTS.index)
+    lists = training_lists(JUDGED.assign(grade=0), TEXTS, TINY, teacher=teacher)
+    item_of = {text: item for item, text in TEXTS.items()}
+    for row in lists:
+        assert row["labels"] == pytest.approx([teacher.at[row["query"], item_of[doc]] for doc in row["docs"]])
+    asked = JUDGED[["query", "item_id"]].head(3)
+    taught, graded = (tuned_scores("bi_encoder", str(checkpoints["bert"]), JUDGED, TEXTS, asked, TINY, teacher=one)["log"]["loss"]
+                      for one in (teacher, None))
+    assert taught.iloc[0] != graded.iloc[0]
+
+
 @pytest.mark.parametrize("kind, family", MODELS)
 def test_lora_leaves_plain_weights_and_changes_only_matrices(checkpoints, tmp_path, kind, family):
     model = open_model(kind, str(checkpoints[family]), 16, device="cpu")

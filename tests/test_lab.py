@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ecomrec import lab
+from ecomrec.data.artefacts import writing
 
 TOY = [
     "import json, os, time\nfrom pathlib import Path\nimport numpy as np, pandas as pd\nfrom ecomrec import lab",
@@ -504,33 +505,25 @@ def test_steps_kept_by_content_serve_other_runs_and_run_side_by_side(tmp_path):
     assert places.items() <= now.items() and len(now) == 5
 
 
-def test_a_folder_that_failed_half_way_is_not_kept(tmp_path):
+def test_a_folder_that_failed_half_way_is_not_kept_and_a_damaged_one_is_made_again(tmp_path):
     recorder = lab.RunRecorder("toy", {}, tmp_path / "toy-1")
 
     def fails(folder):
-        folder.mkdir()
-        (folder / "half").write_text("half")
-        raise KeyboardInterrupt
+        with writing(folder) as half:
+            (half / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    def works(folder):
+        with writing(folder) as half:
+            (half / "model").write_text("whole")
 
     with pytest.raises(KeyboardInterrupt):
         recorder.kept("model", fails, content=("v1",))
     assert [path for path in (tmp_path / ".cache").iterdir()] == []
-    made = recorder.kept("model", lambda folder: folder.mkdir(), content=("v1",))
-    assert made.is_dir() and recorder.kept("model", fails, content=("v1",)) == made
-
-
-def test_a_folder_that_another_run_made_meanwhile_is_taken(tmp_path):
-    recorder = lab.RunRecorder("toy", {}, tmp_path / "toy-1")
-
-    def slow(folder):
-        folder.mkdir()
-        (folder / "mine").touch()
-        quick = recorder._place("model", ("v1",))
-        quick.mkdir()
-        (quick / "theirs").touch()
-
-    made = recorder.kept("model", slow, content=("v1",))
-    assert [path.name for path in made.iterdir()] == ["theirs"] and len(list((tmp_path / ".cache").iterdir())) == 1
+    made = recorder.kept("model", works, content=("v1",))
+    assert recorder.kept("model", fails, content=("v1",)) == made
+    (made / "model").write_text("wrong")
+    assert (recorder.kept("model", works, content=("v1",)) / "model").read_text() == "whole"
 
 
 def test_content_hash_sees_every_change(tmp_path):

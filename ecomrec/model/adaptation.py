@@ -135,7 +135,7 @@ def company(
     is_word = np.array([
         bool(re.fullmatch(r"(##|▁|Ġ)?[^\W\d_]{2,}", piece)) for piece in tokenizer.convert_ids_to_tokens(range(n_known))
     ])
-    both = (stands.T @ stands)[n_known:, :n_known].tocoo()
+    both = (stands[:, n_known:].T @ stands[:, :n_known]).tocoo()
     new, known = both.coords
     lift = np.log(both.data * len(rows) / (n_texts[n_known + new] * n_texts[known]))
     weight = np.where(is_word[known], both.data / n_texts[n_known + new] * lift.clip(min=0) ** 2, 0)
@@ -223,9 +223,11 @@ def _arguments(
 
 def _trained(trainer: Trainer, progress: bool) -> tuple[float, ...]:
     """Run a trainer and return its losses."""
-    log = run_trainer(trainer, progress=progress)
+    try:
+        log = run_trainer(trainer, progress=progress)
+    finally:
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # it makes the folder even if nothing is kept
     trainer.model.eval()
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)  # it makes the folder even if nothing is kept
     return tuple(log["loss"].dropna())
 
 
@@ -238,6 +240,14 @@ def _token_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_to
     return [{"input_ids": row} for row in rows]
 
 # %% ../../nbs/model/05_adaptation.ipynb #00000021
+def _copy_weights(source: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Give a body the weights of another; only the pooler, which has no part in vectors or masks, may be missing in one."""
+    report = target.load_state_dict(source.state_dict(), strict=False)
+    other = [name for name in (*report.missing_keys, *report.unexpected_keys) if not name.startswith("pooler.")]
+    if other:
+        raise ValueError(f"encoder: {type(source).__name__} and {type(target).__name__} do not share the weight {other[0]}")
+
+
 def masked_model(encoder: SentenceTransformer, seed: int = 0) -> PreTrainedModel:
     """The encoder's body under a fresh head that guesses masked tokens.
 
@@ -251,7 +261,7 @@ def masked_model(encoder: SentenceTransformer, seed: int = 0) -> PreTrainedModel
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForMaskedLM.from_config(copy.deepcopy(body.config))
-    model.base_model.load_state_dict(body.state_dict(), strict=False)  # the pooler has no place there
+    _copy_weights(body, model.base_model)
     model.tie_weights()
     return model.to(encoder.device).eval()
 
@@ -294,7 +304,7 @@ def adapt_masked(
     arguments = _arguments(TrainingArguments, epochs, learning_rate, batch_size, seed)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=masked_share)
     losses = _trained(Trainer(model, arguments, train_dataset=rows, data_collator=collator), progress)
-    adapted[0].model.load_state_dict(model.base_model.state_dict(), strict=False)
+    _copy_weights(model.base_model, adapted[0].model)
     if folder is not None:
         save_model(adapted, Path(folder) / "encoder")
         _write_language_model(model, tokenizer, Path(folder) / "masked")
@@ -509,7 +519,7 @@ def copying_head(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tex
     head.transform.dense.weight.copy_(torch.linalg.solve(ridge, hidden.T @ normalize(wanted, dim=1)).T)
     head.transform.dense.bias.fill_(10.0)
     head.transform.LayerNorm.weight.fill_(1.0), head.transform.LayerNorm.bias.zero_(), head.bias.zero_()
-    logits = model(**batch).logits[words][:2000]
+    logits = model.cls(hidden[:2000])
     own, others = logits.gather(1, ids[:2000, None]).median(), torch.quantile(logits.flatten()[::97].float(), 0.999)
     scale = 2.0 / (own - others).clamp(min=1e-3)  # a place's own word at 2, one in a thousand others above 0
     head.transform.LayerNorm.weight.fill_(float(scale))
@@ -642,5 +652,8 @@ def pretrain_decoder(
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     _trained(Trainer(model.to(device), arguments, train_dataset=rows, data_collator=collator), progress)
     if folder is not None:
-        _write_language_model(model, tokenizer, folder)
+        reads = copy.deepcopy(tokenizer)
+        reads.model_input_names = ["input_ids", "attention_mask"]  # a GPT adds token types, which BERT's tokenizer gives, as words
+        reads.init_kwargs["model_input_names"] = reads.model_input_names
+        _write_language_model(model, reads, folder)
     return model

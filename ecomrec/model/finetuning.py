@@ -58,8 +58,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..data.artefacts import writing
-from .losses import graded_loss
+from ..data.artefacts import write_json, writing
+from .losses import distillation_loss, graded_loss
 from .text import EncoderError, _bert, _locate, _quiet, _tokenizer_flaw, _weights_flaw
 from .text import embed, has_bfloat16, load_encoder, plain
 
@@ -126,6 +126,7 @@ def training_lists(
     texts: pd.Series,
     settings: Training = Training(),
     negatives: Mapping[str, Sequence[str]] | None = None,
+    teacher: pd.DataFrame | None = None,
 ) -> Dataset:
     """What each query was offered: judged products, filled up with others to lists of one length.
 
@@ -137,8 +138,10 @@ def training_lists(
         texts: Text of every product by item_id.
         settings: Its `epochs`, `list_size` and `seed` are used.
         negatives: Item ids by query_id that count as grade 0; see `mine_negatives`.
+        teacher: Another ranking's scores of every product, rows by query_id, columns by item_id. They become the labels, and
+            every judged product counts as relevant whatever its grade: what is learned is then no judgement at all.
     Returns:
-        Columns query, docs (list_size texts), labels (list_size grades, `PADDING` where the catalogue is too
+        Columns query, docs (list_size texts), labels (list_size grades or scores, `PADDING` where the catalogue is too
         small for a list); `epochs` rows a query.
     Raises:
         ValueError: If no query has a product with a grade above 0, or a judged product has no text.
@@ -146,6 +149,8 @@ def training_lists(
     unknown = ~judged["item_id"].isin(texts.index)
     if unknown.any():
         raise ValueError(f"texts: none for item {judged.loc[unknown, 'item_id'].iloc[0]!r}, which is judged")
+    if teacher is not None:
+        judged = judged.assign(grade=1)
     useful = judged[judged.groupby("query_id")["grade"].transform("max") > 0]
     if useful.empty:
         raise ValueError("judged: no query has a product with a grade above 0, so there is nothing to learn from")
@@ -158,7 +163,8 @@ def training_lists(
             offered = _draw_list(grades, others, list((negatives or {}).get(query_id, ())), settings.list_size, rng)
             missing = settings.list_size - len(offered)  # a catalogue can be smaller than a list
             docs = [cut[item] for item in offered] + [""] * missing
-            labels = [float(grades.get(item, 0)) for item in offered] + [PADDING] * missing
+            given = [grades.get(item, 0) for item in offered] if teacher is None else teacher.loc[query_id, offered]
+            labels = [float(label) for label in given] + [PADDING] * missing
             rows.append({"query": plain(query), "docs": docs, "labels": labels})
     return Dataset.from_list(rows)
 
@@ -244,7 +250,7 @@ def open_model(kind: str, checkpoint: str, max_tokens: int = 64, seed: int = 0, 
 
     Args:
         kind: "bi_encoder" (a vector for each text), "cross_encoder" (a score for each pair), "sparse_encoder" (a
-            weight for each word of the vocabulary; the checkpoint should have learned to fill masks).
+            weight for each word of the vocabulary; the checkpoint needs a head over words, see `prepare_sparse`).
         checkpoint: Folder or name.
         max_tokens: Longest text in word pieces.
         seed: Of the weights that the checkpoint lacks, such as a cross-encoder's head.
@@ -269,7 +275,7 @@ def open_model(kind: str, checkpoint: str, max_tokens: int = 64, seed: int = 0, 
                 model = _with_head(kind, where, max_tokens, device)
                 flaw = _tokenizer_flaw(model)
     except (OSError, ValueError, SafetensorError) as error:
-        raise EncoderError(f"{kind} {str(checkpoint)!r}: cannot be opened ({str(error).splitlines()[0]})") from error
+        raise EncoderError(f"{kind} {str(checkpoint)!r}: cannot be opened ({(str(error) or type(error).__name__).splitlines()[0]})") from error
     if flaw:
         raise EncoderError(f"{kind} {str(checkpoint)!r}: cannot be opened ({flaw})")
     return model.eval()
@@ -465,14 +471,14 @@ def fine_tune(
         settings: How; its `epochs` are in the lists already.
         objective: `graded_loss` on grades, or `distillation_loss` on a teacher's scores.
         folder: Where checkpoints are kept while it trains, so that a killed training goes on; none if left out. It is
-            deleted at the end. Checkpoints of another model, other lists or settings are refused.
+            emptied at the end. Checkpoints of another model, other lists or settings are refused, other files too.
         save_every: Steps between two checkpoints.
         watch: Called with the model every 20 steps; its numbers are noted beside the loss.
         progress: Show a bar.
     Returns:
         The loss by step, and what `watch` gave.
     Raises:
-        ValueError: If a column is missing, or the folder holds checkpoints of another training.
+        ValueError: If a column is missing, or the folder holds anything but checkpoints of this training.
     """
     missing = {"query", "docs", "labels"} - set(lists.column_names)
     if missing:
@@ -487,7 +493,7 @@ def fine_tune(
         loss = SpladeLoss(model, loss, settings.sparsity, settings.sparsity)
     keep = {} if folder is None else {"save_strategy": "steps", "save_steps": save_every}
     if folder:
-        _claim(Path(folder), model, lists, settings)
+        _claim(Path(folder), model, lists, settings, objective)
     place = contextlib.nullcontext(str(folder)) if folder else tempfile.TemporaryDirectory()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()} if settings.kept else {}
     if settings.lora_rank:
@@ -498,7 +504,8 @@ def fine_tune(
         columns = lists if family is CrossEncoder else _in_columns(lists)
         trainer = trainer_class(model=model, args=arguments, train_dataset=columns, loss=loss)
         log = run_trainer(trainer, None if watch is None else lambda: watch(model.eval()), progress=progress)
-        shutil.rmtree(where, ignore_errors=True)
+    if folder:
+        shutil.rmtree(folder)  # nothing but checkpoints is in it
     if settings.lora_rank:
         _merge_lora(model)
     with torch.no_grad():
@@ -508,16 +515,19 @@ def fine_tune(
     return log
 
 
-def _claim(folder: Path, model: TextModel, lists: Dataset, settings: Training) -> None:
-    """Note in the folder which training its checkpoints belong to; refuse it where that was another one."""
-    told = hashlib.sha256(json.dumps([repr(settings), lists.to_list()]).encode())
+def _claim(folder: Path, model: TextModel, lists: Dataset, settings: Training, objective: Objective) -> None:
+    """Note in the folder which training its checkpoints belong to; refuse it where it holds anything else."""
+    told = hashlib.sha256(json.dumps([repr(settings), getattr(objective, "__name__", ""), lists.to_list()]).encode())
     for name, weight in model.state_dict().items():
         told.update(name.encode() + weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    note = folder / "training.txt"
-    if note.exists() and note.read_text(encoding="utf-8") != told.hexdigest():
+    note = folder / "training.json"
+    there = [path for path in folder.iterdir() if not path.name.startswith(".training.json")] if folder.exists() else []
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != {"sha256": told.hexdigest()}:
         raise ValueError(f"folder: {folder} holds checkpoints of another training; delete it, or give another folder")
+    if there and not note.exists():
+        raise ValueError(f"folder: {folder} holds files that are no checkpoints of ours; give an empty or a new one")
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(told.hexdigest(), encoding="utf-8")
+    write_json(note, {"sha256": told.hexdigest()})
 
 
 def _in_columns(lists: Dataset) -> Dataset:
@@ -535,9 +545,9 @@ def _distinct(texts: Sequence) -> tuple[list, list[int]]:
 
 
 def _autocast(model: TextModel, precision: str) -> torch.autocast:
-    """bfloat16 where it is wanted and there."""
+    """bfloat16 where it is wanted and there; a cross-encoder's logits would tie in it, so there it must be asked for."""
     device = model.device.type
-    half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
+    half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device) and not isinstance(model, CrossEncoder))
     return torch.autocast(device, dtype=torch.bfloat16, enabled=half)
 
 
@@ -566,7 +576,7 @@ def score_pairs(
         queries: (pairs,); equal ones are encoded once.
         texts: (pairs,)
         batch_size: Texts, or pairs for a cross-encoder, in one pass.
-        precision: "float32", "bfloat16", or "auto".
+        precision: "float32", "bfloat16", or "auto": bfloat16 where the device has it, float32 for cross-encoders.
     Returns:
         float32 array (pairs,): cosine, inner product of sparse vectors, or a cross-encoder's logit.
     """
@@ -591,23 +601,24 @@ def tuned_scores(
     asked: pd.DataFrame,
     settings: Training = Training(),
     negatives: Mapping[str, Sequence[str]] | None = None,
-    folder: Path | str | None = None,
+    teacher: pd.DataFrame | None = None,
     whole: bool = False,
 ) -> dict:
     """Fine-tune on some queries and score others: one cell of a ladder, complete in itself for a process of its own.
 
     Args:
         kind, checkpoint, settings: As in `open_model` and `fine_tune`.
-        judged, texts, negatives: As in `training_lists`; training queries only.
+        judged, texts, negatives, teacher: As in `training_lists`; training queries only. With a teacher the objective is
+            `distillation_loss`.
         asked: Columns query, item_id: the pairs to score.
-        folder: Where checkpoints are kept while it trains.
         whole: Score the whole catalogue for each distinct query too (bi-encoders).
     Returns:
         "scores" (pairs,), "log" by step, "seconds" of training, and with `whole` "queries" and "items", their vectors.
     """
     model = open_model(kind, checkpoint, settings.max_tokens, settings.seed)
     began = time.perf_counter()
-    log = fine_tune(model, training_lists(judged, texts, settings, negatives), settings, folder=folder)
+    lists = training_lists(judged, texts, settings, negatives, teacher)
+    log = fine_tune(model, lists, settings, graded_loss if teacher is None else distillation_loss)
     seconds = time.perf_counter() - began
     result = {"scores": score_pairs(model, asked["query"], texts.loc[asked["item_id"]]), "log": log, "seconds": seconds}
     if whole:
@@ -616,7 +627,13 @@ def tuned_scores(
 
 
 def catalogue_scores(kind: str, checkpoint: str, queries: Sequence[str], texts: Sequence[str], max_tokens: int = 64) -> np.ndarray:
-    """Score of every text for each query by an encoder, float32 (queries, texts); for a process of its own."""
+    """Score of every text for each query by an encoder, float32 (queries, texts); for a process of its own.
+
+    Raises:
+        ValueError: If the kind is no encoder's: a cross-encoder would have to read every pair.
+    """
+    if kind not in ("bi_encoder", "sparse_encoder"):
+        raise ValueError(f"kind: {kind!r}; only a bi_encoder or a sparse_encoder scores a whole catalogue")
     model = open_model(kind, checkpoint, max_tokens)
     if kind == "sparse_encoder":
         return (sparse_vectors(model, queries) @ sparse_vectors(model, texts).T).toarray().astype(np.float32)
