@@ -2,6 +2,7 @@
 
     python tests/benchmarks/training.py                all cells; prints a table and writes results/training.json
     python tests/benchmarks/training.py --seconds 5    the same, shorter and noisier
+    python tests/benchmarks/training.py --checkpoint F another encoder: a folder, or a name on the hub
 
 Every cell runs in a process of its own. Only ratios within one run mean anything on another machine.
 """
@@ -99,12 +100,12 @@ def cells() -> list[dict]:
     return found
 
 
-def in_a_process(cell: dict, seconds: float) -> dict:
+def in_a_process(cell: dict, seconds: float, checkpoint: str) -> dict:
     """Measure a cell with its own number of threads, which a process settles when it starts."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(cell["threads"]))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if cell["device"] == "cpu" else {}
     environment = os.environ | threads | hidden | {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--seconds", str(seconds), "--cell", json.dumps(cell)]
+    command = [sys.executable, __file__, "--seconds", str(seconds), "--checkpoint", checkpoint, "--cell", json.dumps(cell)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -125,19 +126,20 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(rows: list[dict], load: float) -> dict:
+def report(rows: list[dict], load: float, checkpoint: str = DEFAULT_ENCODER) -> dict:
     """What is written down: the numbers, and what they were measured on.
 
     Args:
         rows: From `measure`.
         load: Of the machine before, in processes that want to run.
+        checkpoint: What was trained.
     """
     versions = _versions()
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "date": datetime.date.today().isoformat(),
         "load_before": round(load, 2),
-        "checkpoint": DEFAULT_ENCODER,
+        "checkpoint": checkpoint,
         "settings": dataclasses.asdict(Training()),
         "hardware": _hardware() | gpu,
         "versions": {name: versions[name] for name in PACKAGES if name in versions},
@@ -148,20 +150,23 @@ def report(rows: list[dict], load: float) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20, help="how long each cell is measured (default: 20)")
+    parser.add_argument("--checkpoint", default=DEFAULT_ENCODER, help="the encoder (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "training.json", help="where the numbers go")
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.cell:
-        print(json.dumps(measure(arguments.cell, shop_lists(Training()), arguments.seconds)))
+        print(json.dumps(measure(arguments.cell, shop_lists(Training()), arguments.seconds, arguments.checkpoint)))
         return
     if not has_bfloat16():
         print("This processor has no bfloat16, so only float32 is measured on it.\n")
     load, rows = os.getloadavg()[0], []
+    if load > 0.5:
+        print(f"Other processes are at work (load {load:.1f}): repeat this on a quiet machine.\n")
     for cell in cells():
         print(f"measuring {cell}", file=sys.stderr)
-        rows.append(in_a_process(cell, arguments.seconds))
+        rows.append(in_a_process(cell, arguments.seconds, arguments.checkpoint))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, report(rows, load))
+    write_json(arguments.output, report(rows, load, arguments.checkpoint))
     print(markdown(rows))
 
 
