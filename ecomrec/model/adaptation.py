@@ -552,7 +552,7 @@ def imitation_lists(encoder: SentenceTransformer, texts: pd.Series, n: int, size
 
 # %% ../../nbs/model/05_adaptation.ipynb #7597a02f
 def prepare_sparse(
-    checkpoint: str, texts: pd.Series, folder: Path | str, max_tokens: int = 48, n: int = 400, seed: int = 0,
+    checkpoint: str, texts: pd.Series, folder: Path | str, max_tokens: int = 48, n: int = 200, seed: int = 0,
     progress: bool = False,
 ) -> None:
     """Make a sparse encoder out of a dense one, without labels, and save it.

@@ -43,6 +43,7 @@ from sentence_transformers import (
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.base.modules import Transformer
+from sentence_transformers.sparse_encoder.callbacks.splade_callbacks import SpladeRegularizerWeightSchedulerCallback
 from sentence_transformers.sparse_encoder.losses import SpladeLoss
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 from sentence_transformers.util import batch_to_device
@@ -502,7 +503,8 @@ def fine_tune(
     with place as where, _quiet():
         arguments = training_arguments(arguments_class, settings, Path(where), **({"save_strategy": "no"} | keep))
         columns = lists if family is CrossEncoder else _in_columns(lists)
-        trainer = trainer_class(model=model, args=arguments, train_dataset=columns, loss=loss)
+        rises = [SpladeRegularizerWeightSchedulerCallback(loss)] if family is SparseEncoder else None  # of its penalty
+        trainer = trainer_class(model=model, args=arguments, train_dataset=columns, loss=loss, callbacks=rises)
         log = run_trainer(trainer, None if watch is None else lambda: watch(model.eval()), progress=progress)
     if folder:
         shutil.rmtree(folder)  # nothing but checkpoints is in it
@@ -545,9 +547,9 @@ def _distinct(texts: Sequence) -> tuple[list, list[int]]:
 
 
 def _autocast(model: TextModel, precision: str) -> torch.autocast:
-    """bfloat16 where it is wanted and there; a cross-encoder's logits would tie in it, so there it must be asked for."""
+    """bfloat16 where it is wanted and there."""
     device = model.device.type
-    half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device) and not isinstance(model, CrossEncoder))
+    half = precision == "bfloat16" or (precision == "auto" and has_bfloat16(device))
     return torch.autocast(device, dtype=torch.bfloat16, enabled=half)
 
 
@@ -576,7 +578,8 @@ def score_pairs(
         queries: (pairs,); equal ones are encoded once.
         texts: (pairs,)
         batch_size: Texts, or pairs for a cross-encoder, in one pass.
-        precision: "float32", "bfloat16", or "auto": bfloat16 where the device has it, float32 for cross-encoders.
+        precision: "float32", "bfloat16", or "auto": bfloat16 where the device has it. A cross-encoder's logit has
+            three figures in it, so that near ties may fall either way.
     Returns:
         float32 array (pairs,): cosine, inner product of sparse vectors, or a cross-encoder's logit.
     """
