@@ -88,6 +88,22 @@ def measure(cell: dict, lists: Dataset, seconds: float, checkpoint: str = DEFAUL
     return cell | {"steps": n_steps, "pairs_per_second": settings.lists * size / mean, "peak_memory_mib": round(peak)}
 
 
+def product_ratio(device: str = "cpu", n_times: int = 20) -> float:
+    """How many times as fast a bare product of an encoder layer's shape is in bfloat16: what no training step can exceed."""
+    seconds = {}
+    for kind in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(6144, 384, dtype=kind, device=device), torch.ones(384, 1536, dtype=kind, device=device)
+        times = []
+        for _ in range(n_times):
+            began = time.perf_counter()
+            left @ right
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        seconds[kind] = sorted(times)[n_times // 2]
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
 def cells() -> list[dict]:
     """What is measured on this machine; bfloat16 only where a processor has it."""
     found = []
@@ -143,6 +159,7 @@ def report(rows: list[dict], load: float, checkpoint: str = DEFAULT_ENCODER) -> 
         "settings": dataclasses.asdict(Training()),
         "hardware": _hardware() | gpu,
         "versions": {name: versions[name] for name in PACKAGES if name in versions},
+        "product_ratio": round(product_ratio("cuda" if gpu else "cpu"), 2) if has_bfloat16() or gpu else None,
         "cells": rows,
     }
 
@@ -166,8 +183,11 @@ def main() -> None:
         print(f"measuring {cell}", file=sys.stderr)
         rows.append(in_a_process(cell, arguments.seconds, arguments.checkpoint))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, report(rows, load, arguments.checkpoint))
+    done = report(rows, load, arguments.checkpoint)
+    write_json(arguments.output, done)
     print(markdown(rows))
+    if done["product_ratio"]:
+        print(f"\nA bare matrix product is {done['product_ratio']} times as fast in bfloat16 here: no training step can gain more.")
 
 
 if __name__ == "__main__":
