@@ -11,7 +11,6 @@ __all__ = ['UNITS', 'RUN_VARIABLE', 'PATHS', 'NAMES_OR_PATHS', 'content_hash', '
 import ast
 import contextlib
 import difflib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -114,6 +113,17 @@ def _package_source(part: str = "") -> str:
     package = Path(ecomrec.__file__).parent / part
     files = sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json") and "_bundled" not in p.parts)
     return hashlib.sha256("".join(f"{p.relative_to(package)} {sha256(p)}\n" for p in files).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python and of what the package needs."""
+    versions = {"python": platform.python_version()}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in ["ecomrec", *(importlib.metadata.requires("ecomrec") or [])]:
+            package = re.match(r"[\w.-]+", line)[0]
+            if "extra ==" not in line:
+                versions[package] = importlib.metadata.version(package)
+    return versions
 
 # %% ../nbs/01_lab.ipynb #0000000a
 UNITS = ("query_id", "user_id")
@@ -560,18 +570,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    """Versions of Python and of what the package needs."""
-    versions = {"python": platform.python_version()}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for line in ["ecomrec", *(importlib.metadata.requires("ecomrec") or [])]:
-            package = re.match(r"[\w.-]+", line)[0]
-            if "extra ==" not in line:
-                versions[package] = importlib.metadata.version(package)
-    return versions
 
 
 def _hardware() -> dict[str, object]:
