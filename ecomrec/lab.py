@@ -240,16 +240,21 @@ class RunRecorder:
 
     def _part(self, key: str, folder: Path, function: Callable[[], object]) -> object:
         """`cached` once the folder of the part is known."""
+        return self._once(key, folder, lambda folder: _store(function(), folder), _restore)
+
+    def _once(self, key: str, folder: Path, write: Callable[[Path], None], read: Callable[[Path], object]) -> object:
+        """What is read from a folder, which is written first if it is absent or damaged."""
         if folder.exists():
             try:
-                return _restore(folder)
+                return read(folder)
             except ArtefactError:
                 print(f"{self.name}: the part {key!r} is damaged and is computed again", file=sys.stderr)
+                shutil.rmtree(folder)
         began = time.perf_counter()
-        _store(function(), folder)
+        write(folder)
         if not self._temporary:
             print(f"{self.name}: {key} took {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        return _restore(folder)
+        return read(folder)
 
     def _place(self, key: str, content: tuple | None) -> Path:
         """The folder of a part."""
@@ -299,14 +304,7 @@ class RunRecorder:
             content: All that the folder depends on.
         """
         folder = self._place(key, content)
-        if folder.exists():
-            try:
-                verify(folder)
-                return folder
-            except ArtefactError:
-                print(f"{self.name}: {key!r} is damaged and is made again", file=sys.stderr)
-                shutil.rmtree(folder)
-        write(folder)
+        self._once(key, folder, write, verify)
         return folder
 
     def per_query(self, frame: pd.DataFrame) -> None:

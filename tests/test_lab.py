@@ -526,6 +526,14 @@ def test_a_folder_that_failed_half_way_is_not_kept_and_a_damaged_one_is_made_aga
     assert (recorder.kept("model", works, content=("v1",)) / "model").read_text() == "whole"
 
 
+@pytest.mark.parametrize("lost", ["manifest.json", "index.json", "0.json"])
+def test_a_part_that_lost_a_file_is_computed_again(tmp_path, lost):
+    recorder = lab.RunRecorder("toy", {}, tmp_path / "toy-1")
+    assert recorder.cached("part", lambda: 1) == 1
+    (next((recorder.folder / "parts").iterdir()) / lost).unlink()
+    assert recorder.cached("part", lambda: 2) == 2
+
+
 def test_content_hash_sees_every_change(tmp_path):
     frame = pd.DataFrame({"a": [1, 2], "b": ["x", "y"]})
     others = [frame.assign(b=["x", "z"]), frame.rename(columns={"a": "c"}), frame[::-1], frame["a"], np.arange(2), 1, "1"]

@@ -472,7 +472,7 @@ def fine_tune(
         settings: How; its `epochs` are in the lists already.
         objective: `graded_loss` on grades, or `distillation_loss` on a teacher's scores.
         folder: Where checkpoints are kept while it trains, so that a killed training goes on; none if left out. It is
-            emptied at the end. Checkpoints of another model, other lists or settings are refused, other files too.
+            deleted at the end. Checkpoints of another model, other lists or settings are refused, other files too.
         save_every: Steps between two checkpoints.
         watch: Called with the model every 20 steps; its numbers are noted beside the loss.
         progress: Show a bar.
@@ -523,10 +523,10 @@ def _claim(folder: Path, model: TextModel, lists: Dataset, settings: Training, o
     for name, weight in model.state_dict().items():
         told.update(name.encode() + weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     note = folder / "training.json"
-    there = [path for path in folder.iterdir() if not path.name.startswith(".training.json")] if folder.exists() else []
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != {"sha256": told.hexdigest()}:
-        raise ValueError(f"folder: {folder} holds checkpoints of another training; delete it, or give another folder")
-    if there and not note.exists():
+    if note.exists():
+        if json.loads(note.read_text(encoding="utf-8")) != {"sha256": told.hexdigest()}:
+            raise ValueError(f"folder: {folder} holds checkpoints of another training; delete it, or give another folder")
+    elif any(not path.name.startswith(".training.json") for path in folder.glob("*")):  # that is a note of a killed process
         raise ValueError(f"folder: {folder} holds files that are no checkpoints of ours; give an empty or a new one")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(note, {"sha256": told.hexdigest()})
