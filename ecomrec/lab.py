@@ -10,7 +10,9 @@ __all__ = ['UNITS', 'RUN_VARIABLE', 'PATHS', 'NAMES_OR_PATHS', 'content_hash', '
 # %% ../nbs/01_lab.ipynb #00000003
 import ast
 import contextlib
+import ctypes
 import difflib
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -22,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -188,19 +191,37 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(half, path)
 
 # %% ../nbs/01_lab.ipynb #0000000b
-def _peak_memory(workers: int = 1) -> int:
-    """Most resident memory that a run can have held at once, in bytes; 0 where it is not told.
+class _MemoryWatch(threading.Thread):
+    """Looks twice a second how much memory this process and its children hold together.
 
-    Without parallel workers this is the peak of this process or of a finished child. With them it is an upper bound: the peak of
-    this process, and for each worker that of the largest child.
+    What several processes share counts for each of them.
     """
-    try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return getattr(psutil.Process().memory_info(), "peak_wset", 0)
-    unit = 1 if sys.platform == "darwin" else 1024
-    own, child = (unit * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return max(own, child) if workers == 1 else own + workers * child
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.look()
+            time.sleep(0.5)
+
+    def look(self) -> int:
+        """Look now, and tell the most that was seen, in bytes."""
+        me, held = psutil.Process(), 0
+        for process in [me, *me.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                held += process.memory_info().rss
+        self.peak = max(self.peak, held)
+        return self.peak
+
+
+def _release_memory() -> None:
+    """Hand freed memory back to the system before other processes need it; glibc keeps about a gigabyte after a training."""
+    gc.collect()
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
 
 
 def _accelerator() -> str | None:
@@ -222,7 +243,7 @@ class RunRecorder:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix=f"{name}-")
         self.name, self.parameters = name, dict(parameters or {})
         self.folder = Path(folder or self._temporary.name)
-        self._workers = 1
+        self._memory: _MemoryWatch | None = None
 
     def cached(self, key: str, function: Callable[[], object], content: tuple | None = None) -> object:
         """The result of a long step: computed once, read back when a killed run is run again.
@@ -286,11 +307,11 @@ class RunRecorder:
 
         missing = [key for key, place in places.items() if not place.exists()]
         if len(missing) > 1 and workers > 1:
-            self._workers = max(self._workers, min(workers, len(missing)))
+            _release_memory()
             done = Parallel(n_jobs=workers, return_as="generator_unordered")(delayed(one)(key, places[key], steps[key]) for key in missing)
             for _ in tqdm(done, total=len(missing), desc=label, mininterval=2, leave=False):
                 pass
-            get_reusable_executor().shutdown()  # idle processes hold their memory, and only ended ones tell how much it was
+            get_reusable_executor().shutdown()  # idle processes hold their memory
         bar = tqdm(steps.items(), desc=label, mininterval=2, leave=False)
         with threadpool_limits(1):  # as in the processes: the last bits of a sum depend on the number of threads
             return {key: self._part(key, places[key], lambda: function(*arguments)) for key, arguments in bar}
@@ -335,7 +356,8 @@ class RunRecorder:
             RunError: If a value is NaN, infinite or no number.
         """
         write_json(self.folder / "result.json", _checked_metrics(metrics))
-        write_json(self.folder / "kernel.json", {"peak_memory_bytes": _peak_memory(self._workers), "gpu": _accelerator()})
+        peak = (self._memory or _MemoryWatch()).look()
+        write_json(self.folder / "kernel.json", {"peak_memory_bytes": peak, "gpu": _accelerator()})
 
     def __repr__(self) -> str:
         return f"RunRecorder({self.name!r}, {'a temporary folder' if self._temporary else self.folder.name})"
@@ -359,7 +381,9 @@ def current(name: str, parameters: dict | None = None) -> RunRecorder:
     folder = os.environ.get(RUN_VARIABLE)
     if folder and not Path(folder).name.startswith(f"{name}-"):
         raise RunError(f"{RUN_VARIABLE} is {Path(folder).name}, a folder of another experiment than {name!r}; unset it")
-    return RunRecorder(name, parameters, Path(folder) if folder else None)
+    recorder = RunRecorder(name, parameters, Path(folder) if folder else None)
+    recorder._memory = _MemoryWatch()
+    return recorder
 
 # %% ../nbs/01_lab.ipynb #0000001d
 def _experiment(name: str, experiments: Path | str | None = None) -> Path:

@@ -526,6 +526,16 @@ def test_a_folder_that_failed_half_way_is_not_kept_and_a_damaged_one_is_made_aga
     assert (recorder.kept("model", works, content=("v1",)) / "model").read_text() == "whole"
 
 
+def test_memory_of_child_processes_counts():
+    watch = lab._MemoryWatch()
+    before = watch.look()
+    holds = "held = b'1' * 200_000_000; print('ready', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", holds], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    assert watch.look() - before > 190e6
+    child.communicate(b"\n")
+
+
 @pytest.mark.parametrize("lost", ["manifest.json", "index.json", "0.json"])
 def test_a_part_that_lost_a_file_is_computed_again(tmp_path, lost):
     recorder = lab.RunRecorder("toy", {}, tmp_path / "toy-1")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unknown_characters', 'broken_words', 'company', 'extend_vocabulary', 'Adapted', 'masked_model', 'adapt_masked',
            'language_loss', 'catalogue_pairs', 'also_right', 'adapt_contrastive', 'adapt_catalogue', 'copying_head',
-           'imitation_lists', 'prepare_sparse', 'new_decoder', 'pretrain_decoder']
+           'imitation_lists', 'imitate', 'prepare_sparse', 'new_decoder', 'pretrain_decoder']
 
 # %% ../../nbs/model/05_adaptation.ipynb #00000003
 import copy
@@ -550,6 +550,28 @@ def imitation_lists(encoder: SentenceTransformer, texts: pd.Series, n: int, size
         rows.append({"query": query, "docs": [few[place] for place in places], "labels": [float(cosine[row, place]) / 0.05 for place in places]})
     return Dataset.from_list(rows)
 
+# %% ../../nbs/model/05_adaptation.ipynb #82baace8
+def imitate(
+    kind: str, checkpoint: str, teacher: str, texts: pd.Series, folder: Path | str, settings: Training = Training(), n: int = 600,
+    progress: bool = False,
+) -> None:
+    """Teach a model to order a catalogue's products as a dense encoder does, without labels, and save it.
+
+    Args:
+        kind, checkpoint: What is taught, as in `open_model`.
+        teacher: The dense encoder, folder or name.
+        texts: Text of every product.
+        folder: Where to save it.
+        settings: How it is trained.
+        n: Lists to imitate.
+        progress: Show a bar.
+    Source: Hinton et al. (2015), distillation; of rankings as in Hofstätter et al. (2020).
+    """
+    lists = imitation_lists(load_encoder(teacher, max_tokens=settings.max_tokens), texts, n, settings.list_size, settings.seed)
+    model = open_model(kind, checkpoint, settings.max_tokens, settings.seed)
+    fine_tune(model, lists, settings, distillation_loss, progress=progress)
+    save_model(model, folder)
+
 # %% ../../nbs/model/05_adaptation.ipynb #7597a02f
 def prepare_sparse(
     checkpoint: str, texts: pd.Series, folder: Path | str, max_tokens: int = 48, n: int = 200, seed: int = 0,
@@ -570,16 +592,13 @@ def prepare_sparse(
     Source: Formal et al. (2021), SPLADE v2, with distillation.
     """
     encoder = load_encoder(checkpoint, max_tokens=max_tokens)
-    read = texts.drop_duplicates().sample(min(4 * n, texts.nunique()), random_state=seed)
+    read = texts.drop_duplicates().sample(min(500, texts.nunique()), random_state=seed)
     masked = masked_model(encoder, seed)
-    copying_head(masked, encoder.tokenizer, read.head(500).tolist(), max_tokens)
+    copying_head(masked, encoder.tokenizer, read.tolist(), max_tokens)
+    settings = Training(learning_rate=2e-5, lists=2, list_size=8, max_tokens=max_tokens, seed=seed)  # each word of each place is held
     with tempfile.TemporaryDirectory() as place:
         _write_language_model(masked, encoder.tokenizer, Path(place) / "masked")
-        model = open_model("sparse_encoder", f"{place}/masked", max_tokens, seed)
-    settings = Training(learning_rate=2e-5, list_size=8, max_tokens=max_tokens, sparsity=1e-3, seed=seed)
-    lists = imitation_lists(encoder, read, n, settings.list_size, seed)
-    fine_tune(model, lists, settings, distillation_loss, progress=progress)
-    save_model(model, folder)
+        imitate("sparse_encoder", f"{place}/masked", checkpoint, texts, folder, settings, n, progress)
 
 # %% ../../nbs/model/05_adaptation.ipynb #00000035
 def new_decoder(
