@@ -191,11 +191,17 @@ def _write_text(path: Path, text: str) -> None:
     os.replace(half, path)
 
 # %% ../nbs/01_lab.ipynb #0000000b
-class _MemoryWatch(threading.Thread):
-    """Looks twice a second how much memory this process and its children hold together.
+def _memory_held() -> int:
+    """Bytes that this process and its children hold now; what several of them share counts for each."""
+    me, held = psutil.Process(), 0
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            held += process.memory_info().rss
+    return held
 
-    What several processes share counts for each of them.
-    """
+
+class _MemoryWatch(threading.Thread):
+    """Looks twice a second how much memory is held, until the process ends."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -204,17 +210,8 @@ class _MemoryWatch(threading.Thread):
 
     def run(self) -> None:
         while True:
-            self.look()
+            self.peak = max(self.peak, _memory_held())
             time.sleep(0.5)
-
-    def look(self) -> int:
-        """Look now, and tell the most that was seen, in bytes."""
-        me, held = psutil.Process(), 0
-        for process in [me, *me.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                held += process.memory_info().rss
-        self.peak = max(self.peak, held)
-        return self.peak
 
 
 def _release_memory() -> None:
@@ -243,7 +240,7 @@ class RunRecorder:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix=f"{name}-")
         self.name, self.parameters = name, dict(parameters or {})
         self.folder = Path(folder or self._temporary.name)
-        self._memory: _MemoryWatch | None = None
+        self._watch: _MemoryWatch | None = None
 
     def cached(self, key: str, function: Callable[[], object], content: tuple | None = None) -> object:
         """The result of a long step: computed once, read back when a killed run is run again.
@@ -356,7 +353,7 @@ class RunRecorder:
             RunError: If a value is NaN, infinite or no number.
         """
         write_json(self.folder / "result.json", _checked_metrics(metrics))
-        peak = (self._memory or _MemoryWatch()).look()
+        peak = max(_memory_held(), self._watch.peak if self._watch else 0)
         write_json(self.folder / "kernel.json", {"peak_memory_bytes": peak, "gpu": _accelerator()})
 
     def __repr__(self) -> str:
@@ -382,7 +379,7 @@ def current(name: str, parameters: dict | None = None) -> RunRecorder:
     if folder and not Path(folder).name.startswith(f"{name}-"):
         raise RunError(f"{RUN_VARIABLE} is {Path(folder).name}, a folder of another experiment than {name!r}; unset it")
     recorder = RunRecorder(name, parameters, Path(folder) if folder else None)
-    recorder._memory = _MemoryWatch()
+    recorder._watch = _MemoryWatch()
     return recorder
 
 # %% ../nbs/01_lab.ipynb #0000001d

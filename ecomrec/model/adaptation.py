@@ -472,23 +472,25 @@ def adapt_contrastive(
 
 # %% ../../nbs/model/05_adaptation.ipynb #1ecf430a
 def adapt_catalogue(
-    checkpoint: str, products: pd.DataFrame, folder: Path | str, epochs: float = 1, seed: int = 0, progress: bool = False,
+    checkpoint: str, products: pd.DataFrame, folder: Path | str, masked_epochs: float = 0.3, epochs: float = 2, seed: int = 0,
+    progress: bool = False,
 ) -> None:
-    """Adapt an encoder to a catalogue without labels and save it: readable characters, then the catalogue's own pairs.
-
-    Guessing masked tokens is left out: where it was measured, the pairs came as far without it.
+    """Adapt an encoder to a catalogue without labels and save it: readable characters, masked tokens, the catalogue's own pairs.
 
     Args:
         checkpoint: Folder or name for `load_encoder`.
         products: Table of products.
         folder: Where to save the encoder.
+        masked_epochs: Passes over the texts, guessing masked tokens.
         epochs: Passes over the pairs.
-        seed: Of new vectors, pairs, order and dropout.
+        seed: Of new vectors, masks, pairs, order and dropout.
         progress: Show a bar.
     """
     fields = [field for field in ("title", "description", "category", "attributes") if field in products.columns]
-    extended = extend_vocabulary(load_encoder(checkpoint), product_text(products, fields).tolist(), seed=seed)
-    adapt_contrastive(extended, catalogue_pairs(products, seed=seed), folder, epochs, seed=seed, progress=progress)
+    texts = product_text(products, fields).tolist()
+    extended = extend_vocabulary(load_encoder(checkpoint), texts, seed=seed)
+    read = adapt_masked(extended, texts, epochs=masked_epochs, seed=seed, progress=progress).encoder
+    adapt_contrastive(read, catalogue_pairs(products, seed=seed), folder, epochs, seed=seed, progress=progress)
 
 # %% ../../nbs/model/05_adaptation.ipynb #662b9401
 @torch.no_grad()
@@ -552,14 +554,14 @@ def imitation_lists(encoder: SentenceTransformer, texts: pd.Series, n: int, size
 
 # %% ../../nbs/model/05_adaptation.ipynb #82baace8
 def imitate(
-    kind: str, checkpoint: str, teacher: str, texts: pd.Series, folder: Path | str, settings: Training = Training(), n: int = 600,
-    progress: bool = False,
+    kind: str, checkpoint: str, teacher: SentenceTransformer, texts: pd.Series, folder: Path | str,
+    settings: Training = Training(), n: int = 400, progress: bool = False,
 ) -> None:
     """Teach a model to order a catalogue's products as a dense encoder does, without labels, and save it.
 
     Args:
         kind, checkpoint: What is taught, as in `open_model`.
-        teacher: The dense encoder, folder or name.
+        teacher: The dense encoder.
         texts: Text of every product.
         folder: Where to save it.
         settings: How it is trained.
@@ -567,7 +569,7 @@ def imitate(
         progress: Show a bar.
     Source: Hinton et al. (2015), distillation; of rankings as in Hofstätter et al. (2020).
     """
-    lists = imitation_lists(load_encoder(teacher, max_tokens=settings.max_tokens), texts, n, settings.list_size, settings.seed)
+    lists = imitation_lists(teacher, texts, n, settings.list_size, settings.seed)
     model = open_model(kind, checkpoint, settings.max_tokens, settings.seed)
     fine_tune(model, lists, settings, distillation_loss, progress=progress)
     save_model(model, folder)
@@ -598,7 +600,7 @@ def prepare_sparse(
     settings = Training(learning_rate=2e-5, lists=2, list_size=8, max_tokens=max_tokens, seed=seed)  # each word of each place is held
     with tempfile.TemporaryDirectory() as place:
         _write_language_model(masked, encoder.tokenizer, Path(place) / "masked")
-        imitate("sparse_encoder", f"{place}/masked", checkpoint, texts, folder, settings, n, progress)
+        imitate("sparse_encoder", f"{place}/masked", encoder, texts, folder, settings, n, progress)
 
 # %% ../../nbs/model/05_adaptation.ipynb #00000035
 def new_decoder(
