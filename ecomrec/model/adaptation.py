@@ -554,14 +554,14 @@ def imitation_lists(encoder: SentenceTransformer, texts: pd.Series, n: int, size
 
 # %% ../../nbs/model/05_adaptation.ipynb #82baace8
 def imitate(
-    kind: str, checkpoint: str, teacher: SentenceTransformer, texts: pd.Series, folder: Path | str,
-    settings: Training = Training(), n: int = 400, progress: bool = False,
+    kind: str, checkpoint: str, teacher: str, texts: pd.Series, folder: Path | str, settings: Training = Training(), n: int = 400,
+    progress: bool = False,
 ) -> None:
     """Teach a model to order a catalogue's products as a dense encoder does, without labels, and save it.
 
     Args:
         kind, checkpoint: What is taught, as in `open_model`.
-        teacher: The dense encoder.
+        teacher: The dense encoder, folder or name.
         texts: Text of every product.
         folder: Where to save it.
         settings: How it is trained.
@@ -569,7 +569,7 @@ def imitate(
         progress: Show a bar.
     Source: Hinton et al. (2015), distillation; of rankings as in Hofstätter et al. (2020).
     """
-    lists = imitation_lists(teacher, texts, n, settings.list_size, settings.seed)
+    lists = imitation_lists(load_encoder(teacher, max_tokens=settings.max_tokens), texts, n, settings.list_size, settings.seed)
     model = open_model(kind, checkpoint, settings.max_tokens, settings.seed)
     fine_tune(model, lists, settings, distillation_loss, progress=progress)
     save_model(model, folder)
@@ -600,7 +600,7 @@ def prepare_sparse(
     settings = Training(learning_rate=2e-5, lists=2, list_size=8, max_tokens=max_tokens, seed=seed)  # each word of each place is held
     with tempfile.TemporaryDirectory() as place:
         _write_language_model(masked, encoder.tokenizer, Path(place) / "masked")
-        imitate("sparse_encoder", f"{place}/masked", encoder, texts, folder, settings, n, progress)
+        imitate("sparse_encoder", f"{place}/masked", checkpoint, texts, folder, settings, n, progress)
 
 # %% ../../nbs/model/05_adaptation.ipynb #00000035
 def new_decoder(
