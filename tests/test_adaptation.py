@@ -25,6 +25,7 @@ from ecomrec.model.adaptation import (
     broken_words,
     catalogue_pairs,
     extend_vocabulary,
+    imitation_lists,
     language_loss,
     masked_model,
     new_decoder,
@@ -254,3 +255,11 @@ def test_a_decoder_reads_pairs_as_it_was_taught(encoder, tmp_path):
     pretrain_decoder(["red shoe", "blue hat"] * 8, encoder.tokenizer, tmp_path / "gpt", layers=1, width=16)
     features = open_model("cross_encoder", str(tmp_path / "gpt"), 16, device="cpu").preprocess([("red", "shoe")])
     assert "token_type_ids" in encoder.tokenizer("red", "shoe") and "token_type_ids" not in features
+
+
+def test_a_title_of_which_no_word_is_left_asks_for_nothing(encoder):
+    titles = pd.Series(["shoe", "hat", "lamp", "cup", "ﬁne bag", "water bottle"])
+    lists = imitation_lists(encoder, titles, n=6, size=2)
+    assert 0 < len(lists) < 6 and all(lists["query"][:])
+    offered = {text for row in lists["docs"][:] for text in row}
+    assert offered <= {*titles[:4], "fine bag", "water bottle"}

@@ -22,6 +22,9 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer, SparseEncoder
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,6 +33,7 @@ from transformers import (
     BertTokenizerFast,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
 )
 
 from ecomrec.data.artefacts import ArtefactError, write_json
@@ -191,6 +195,7 @@ def test_a_killed_training_goes_on_and_ends_where_it_would_have_ended(processes,
     half = folder / "checkpoint-6"  # as if it had died while it wrote this one
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half a")
+    (half / "trainer_state.json").write_text('{"global_st')
     resumed = processes(*what, folder, tmp_path / "resumed", None)
     for process in (straight, resumed):
         process.join()
@@ -474,7 +479,12 @@ def test_mined_negatives_are_high_unjudged_and_not_too_high(case, seed, margin, 
 def test_negatives_are_mined_from_negative_scores_too():
     judged = pd.DataFrame({"query_id": "q", "item_id": ["good"], "grade": [1]})
     scores = np.array([[-10.0, -10.2, -10.9, -1.0]])  # right, nearly as good, surely worse, better
-    assert mine_negatives(scores, judged, ["q"], ["good", "near", "worse", "better"]) == {"q": ["worse"]}
+    items = ["good", "near", "worse", "better"]
+    assert mine_negatives(scores, judged, ["q"], items) == {"q": ["worse"]}
+    for shift in (0.0, 10.0):  # the relevant product's own score may be 0
+        assert mine_negatives(scores + shift, judged, ["q"], items, margin=np.inf) == {"q": ["better", "near", "worse"]}
+    with pytest.raises(ValueError, match="item_ids: 'good' is missing"):
+        mine_negatives(scores[:, 1:], judged, ["q"], items[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -544,6 +554,13 @@ def test_a_judged_product_without_text_is_named():
     gone = JUDGED["item_id"].iloc[7]
     with pytest.raises(ValueError, match=f"texts: none for item '{gone}', which is judged"):
         training_lists(JUDGED, TEXTS.drop(gone), TINY)
+    with pytest.raises(ValueError, match=f"texts: item '{gone}' has more than one"):
+        training_lists(JUDGED, pd.concat([TEXTS, TEXTS[[gone]]]), TINY)
+    with pytest.raises(ValueError, match="teacher: no row for query"):
+        training_lists(JUDGED, TEXTS, TINY, teacher=pd.DataFrame(0.0, index=["another"], columns=TEXTS.index))
+    for name in ("frozen_layers", "lora_rank", "cached_texts"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, not -1"):
+            Training(**{name: -1})
 
 
 # What is no checkpoint
@@ -636,6 +653,21 @@ def test_a_head_of_three_classes_scores_nothing(tmp_path, checkpoints):
     AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(tmp_path)
     with pytest.raises(EncoderError, match="its head tells 3 classes apart"):
         open_model("cross_encoder", str(tmp_path))
+
+
+def test_a_gpt_whose_tokenizer_pads_nothing_pads_with_its_end(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["gpt2"], tmp_path / "gpt")
+    words = {"<end>": 0, **{word: place + 1 for place, word in enumerate(["red", "blue", "shoe", "hat"])}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<end>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<end>").save_pretrained(tmp_path / "gpt")
+    write_json(tmp_path / "gpt/config.json", json.loads((tmp_path / "gpt/config.json").read_text()) | {"pad_token_id": None})
+    model = open_model("cross_encoder", str(tmp_path / "gpt"), 16, device="cpu")
+    texts = ["red", "red shoe blue hat"]
+    together, alone = score_pairs(model, texts, texts), [score_pairs(model, [text], [text])[0] for text in texts]
+    assert np.allclose(together, alone, atol=1e-6)
+    with pytest.raises(EncoderError, match="no padding token"):
+        open_model("bi_encoder", str(tmp_path / "gpt"))
 
 
 @pytest.mark.parametrize("kind, family", MODELS)

@@ -132,13 +132,16 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(saved):
         load_encoder(str(saved), device="cpu")
 
 
-@pytest.mark.parametrize("spoil", ["cut short", "no JSON"])
-def test_files_that_cannot_be_read_are_refused(saved, spoil):
-    if spoil == "cut short":
-        weights = (saved / "model.safetensors").read_bytes()
-        (saved / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+BROKEN = [("config.json", "{"), ("config.json", "[]"), ("modules.json", "[]"), ("modules.json", "{}"), ("modules.json", "[{}]")]
+
+
+@pytest.mark.parametrize("file, text", [("model.safetensors", None), *BROKEN])
+def test_files_that_cannot_be_read_are_refused(saved, file, text):
+    if text is None:
+        whole = (saved / file).read_bytes()
+        (saved / file).write_bytes(whole[: len(whole) // 2])
     else:
-        (saved / "config.json").write_text("{")
+        (saved / file).write_text(text)
     with pytest.raises(EncoderError, match="cannot be opened"):
         load_encoder(str(saved), device="cpu")
 

@@ -485,6 +485,9 @@ def adapt_catalogue(
         epochs: Passes over the pairs.
         seed: Of new vectors, masks, pairs, order and dropout.
         progress: Show a bar.
+    Raises:
+        EncoderError: If the checkpoint cannot be opened.
+        ValueError: If there is no column title, nothing to read in it, or the encoder's tokenizer has no mask token.
     """
     fields = [field for field in ("title", "description", "category", "attributes") if field in products.columns]
     texts = product_text(products, fields).tolist()
@@ -534,15 +537,15 @@ def imitation_lists(encoder: SentenceTransformer, texts: pd.Series, n: int, size
     Args:
         encoder: The teacher.
         texts: Text of every product.
-        n: Number of lists; at most one for each product.
+        n: Number of lists; at most one for each product, and none for a title of which no word was left.
         size: Products in a list, half of them neighbours.
         seed: Of what is drawn.
     Returns:
         Columns query, docs, labels (cosine / .05), as `fine_tune` reads them with `distillation_loss`.
     """
-    rng, texts = np.random.default_rng(seed), texts.drop_duplicates()
+    rng, texts = np.random.default_rng(seed), texts.map(plain).drop_duplicates()
     few = texts.iloc[rng.permutation(len(texts))[: 4 * n]].tolist()
-    asked = [_shortened(text.split(". ")[0], rng, 0.5) for text in few[:n]]
+    asked = [short for text in few[:n] if (short := _shortened(text.split(". ")[0], rng, 0.5))]
     cosine = embed(encoder, asked) @ embed(encoder, few).T
     near = np.argsort(-cosine, axis=1, kind="stable")[:, : size // 2]
     rows = []
@@ -567,6 +570,8 @@ def imitate(
         settings: How it is trained.
         n: Lists to imitate.
         progress: Show a bar.
+    Raises:
+        EncoderError: If the model or the teacher cannot be opened.
     Source: Hinton et al. (2015), distillation; of rankings as in Hofstätter et al. (2020).
     """
     lists = imitation_lists(load_encoder(teacher, max_tokens=settings.max_tokens), texts, n, settings.list_size, settings.seed)
@@ -646,7 +651,6 @@ def pretrain_decoder(
     learning_rate: float = 1e-3,
     batch_size: int = 16,
     max_tokens: int = 64,
-    device: str = "cpu",
     seed: int = 0,
     progress: bool = False,
 ) -> GPT2LMHeadModel:
@@ -662,7 +666,6 @@ def pretrain_decoder(
         learning_rate: The largest; it falls in a straight line.
         batch_size: Texts in one step.
         max_tokens: Longest text in word pieces.
-        device: Where to compute.
         seed: Of the weights, the order and the dropout.
         progress: Show a bar.
     Raises:
@@ -671,7 +674,7 @@ def pretrain_decoder(
     rows, model = _token_rows(tokenizer, texts, max_tokens), new_decoder(tokenizer, layers, width, heads, max_tokens, seed)
     arguments = _arguments(TrainingArguments, epochs, learning_rate, batch_size, seed)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    _trained(Trainer(model.to(device), arguments, train_dataset=rows, data_collator=collator), progress)
+    _trained(Trainer(model, arguments, train_dataset=rows, data_collator=collator), progress)
     if folder is not None:
         reads = copy.deepcopy(tokenizer)
         reads.model_input_names = ["input_ids", "attention_mask"]  # a GPT adds token types, which BERT's tokenizer gives, as words

@@ -105,9 +105,10 @@ class Training:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("epochs", "lists", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        least = {"epochs": 1, "lists": 1, "max_tokens": 1, "frozen_layers": 0, "lora_rank": 0, "cached_texts": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
         if self.list_size < 2 or self.learning_rate <= 0 or self.temperature <= 0:
             raise ValueError(
                 f"list_size must be at least 2, learning_rate and temperature positive, not {self.list_size}, "
@@ -145,12 +146,18 @@ def training_lists(
         Columns query, docs (list_size texts), labels (list_size grades or scores, `PADDING` where the catalogue is too
         small for a list); `epochs` rows a query.
     Raises:
-        ValueError: If no query has a product with a grade above 0, or a judged product has no text.
+        ValueError: If no query has a product with a grade above 0, a judged product has no text or an item has two, or the
+            teacher does not know a query.
     """
     unknown = ~judged["item_id"].isin(texts.index)
     if unknown.any():
         raise ValueError(f"texts: none for item {judged.loc[unknown, 'item_id'].iloc[0]!r}, which is judged")
+    if not texts.index.is_unique:
+        raise ValueError(f"texts: item {texts.index[texts.index.duplicated()][0]!r} has more than one")
     if teacher is not None:
+        foreign = set(judged["query_id"]) - set(teacher.index)
+        if foreign:
+            raise ValueError(f"teacher: no row for query {min(foreign, key=str)!r}")
         judged = judged.assign(grade=1)
     useful = judged[judged.groupby("query_id")["grade"].transform("max") > 0]
     if useful.empty:
@@ -199,20 +206,24 @@ def mine_negatives(
         item_ids: Ids of the columns.
         depth: How far down the ranking to look.
         margin: What scores above this share of the query's median relevant product is taken for a missing judgement
-            (where that is negative, above what lies as far below it).
+            (where that is negative, above what lies as far below it); `inf` takes nothing for one.
     Returns:
         Item ids by query_id, best first; only queries that have a relevant product.
+    Raises:
+        ValueError: If a relevant product has no column.
     Source: Qu et al. (2021), RocketQA, denoised hard negatives; here with the graded products as the denoiser.
     """
     columns, found = pd.Index(item_ids), {}
     for query_id, row in zip(query_ids, scores):
         mine = judged[judged["query_id"] == query_id]
         good = columns.get_indexer(mine.loc[mine["grade"] > 0, "item_id"])
+        if (good < 0).any():
+            raise ValueError(f"item_ids: {mine.loc[mine['grade'] > 0, 'item_id'].iloc[int(np.argmin(good))]!r} is missing, which query {query_id!r} needs")
         if not len(good):
             continue
         best = np.argsort(-row, kind="stable")[: depth + len(mine)]
         typical = np.median(row[good])
-        best = best[row[best] < typical - (1 - margin) * abs(typical)]
+        best = best[row[best] < (typical - (1 - margin) * abs(typical) if np.isfinite(margin) else np.inf)]
         found[query_id] = [item for item in columns[best] if item not in set(mine["item_id"])][:depth]
     return found
 
@@ -256,6 +267,8 @@ def open_model(kind: str, checkpoint: str, max_tokens: int = 64, seed: int = 0, 
         max_tokens: Longest text in word pieces.
         seed: Of the weights that the checkpoint lacks, such as a cross-encoder's head.
         device: Where to compute; the best that is there if left out.
+    Returns:
+        A SentenceTransformer, CrossEncoder or SparseEncoder, in evaluation mode.
     Raises:
         EncoderError: If it cannot be opened, its weights are no safetensors, some of them are missing (other than a
             head that it never had), or its tokenizer does not fit.
@@ -287,7 +300,9 @@ def _with_head(kind: str, where: str, max_tokens: int, device: str) -> CrossEnco
     safe = {"use_safetensors": True}
     if kind == "cross_encoder":
         model = CrossEncoder(where, num_labels=1, max_length=max_tokens, device=device, model_kwargs=safe)
-        model.config.pad_token_id = model.tokenizer.pad_token_id  # a GPT has none of its own
+        if model.tokenizer.pad_token is None:
+            model.tokenizer.pad_token = model.tokenizer.eos_token  # a GPT reads one text at a time in its youth
+        model.config.pad_token_id = model.tokenizer.pad_token_id
         return model
     if (Path(where) / "modules.json").exists() and (Path(where) / "1_SpladePooling").exists():
         model = SparseEncoder(where, device=device, model_kwargs=safe)
@@ -370,7 +385,14 @@ class _Progress(TrainerCallback):
 
 
 def training_arguments(kind: type[TrainingArguments], settings: Training, folder: Path, **more) -> TrainingArguments:
-    """The trainer's arguments for these settings; checkpoints go into the folder."""
+    """The trainer's arguments for these settings.
+
+    Args:
+        kind: Class of the arguments, of transformers or sentence-transformers.
+        settings: How it is trained.
+        folder: Where checkpoints go.
+        more: Arguments of the class that are set beside them, or otherwise.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = settings.precision == "bfloat16" or (settings.precision == "auto" and has_bfloat16(device))
     chosen = {
@@ -388,7 +410,7 @@ def run_trainer(
     every: int = 20,
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Train, going on from the last complete checkpoint if a killed training left one.
+    """Train, going on from the last complete checkpoint if a killed training left one; incomplete ones are deleted.
 
     Args:
         trainer: Any trainer of transformers or sentence-transformers.
@@ -400,10 +422,12 @@ def run_trainer(
     """
     folder = Path(trainer.args.output_dir)
     last = None
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
-        if (checkpoint / "trainer_state.json").exists():  # written last
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-"))):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # written last
             last = checkpoint
-        else:
+        except (OSError, ValueError):
             shutil.rmtree(checkpoint)
     trainer.remove_callback(PrinterCallback)  # it prints; the log is returned
     trainer.add_callback(_Progress(watch, every, progress))
@@ -553,19 +577,22 @@ def _autocast(model: TextModel, precision: str) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=half)
 
 
-def sparse_vectors(
-    model: SparseEncoder, texts: Sequence[str], batch_size: int = 8, precision: str = "auto", progress: bool = False,
-) -> csr_array:
-    """A sparse encoder's vectors, (texts, vocabulary), not negative; a pair's score is their inner product.
+def sparse_vectors(model: SparseEncoder, texts: Sequence[str], batch_size: int = 8, precision: str = "auto") -> csr_array:
+    """A sparse encoder's vectors; a pair's score is their inner product.
 
-    Every place of a text has a number for every word of the vocabulary until the largest is taken, so few texts at once are
-    faster here than many.
+    Args:
+        model: From `open_model`.
+        texts: Texts to encode; equal ones are encoded once.
+        batch_size: Texts in one pass. Every place of a text has a number for every word of the vocabulary until the largest
+            is taken, so few texts at once are faster here than many.
+        precision: "float32", "bfloat16", or "auto": bfloat16 where the device has it.
+    Returns:
+        float32 array (texts, vocabulary), not negative.
     """
     unique, places = _distinct([plain(text) for text in texts])
-    starts = tqdm(range(0, len(unique), batch_size), desc="encode", disable=not progress, mininterval=2, leave=False)
-    parts = []
+    parts = [csr_array((0, len(model.tokenizer)), dtype=np.float32)]
     with torch.inference_mode(), _autocast(model, precision):
-        for start in starts:
+        for start in range(0, len(unique), batch_size):
             some = model.encode(unique[start : start + batch_size], batch_size=batch_size, show_progress_bar=False,
                                 convert_to_sparse_tensor=False)
             parts.append(csr_array(some.float().cpu().numpy()))
@@ -593,7 +620,8 @@ def score_pairs(
     if isinstance(model, SparseEncoder):
         vectors = (sparse_vectors(model, some, precision=precision) for some in (queries, texts))
         return np.asarray(next(vectors).multiply(next(vectors)).sum(axis=1), dtype=np.float32).ravel()
-    unique, places = _distinct(list(zip(map(plain, queries), (plain(text)[:2000] for text in texts))))
+    most = 20 * model.max_seq_length  # no tokenizer need read what the model never sees
+    unique, places = _distinct(list(zip(map(plain, queries), (plain(text)[:most] for text in texts))))
     with torch.inference_mode(), _autocast(model, precision):
         scores = model.predict(unique, batch_size=batch_size, activation_fn=torch.nn.Identity(),
                                show_progress_bar=False, convert_to_tensor=True)
@@ -648,6 +676,11 @@ def catalogue_scores(kind: str, checkpoint: str, queries: Sequence[str], texts: 
 
 # %% ../../nbs/model/04_finetuning.ipynb #9eebfa0a
 def save_model(model: TextModel, folder: Path | str) -> None:
-    """Write a model with checksums, all or nothing; plain sentence-transformers opens the folder too."""
+    """Write a model with checksums, all or nothing; plain sentence-transformers opens the folder too.
+
+    Args:
+        model: From `open_model` or `load_encoder`.
+        folder: Where to; what was there is replaced.
+    """
     with writing(Path(folder)) as half, _quiet():
         model.save_pretrained(str(half), create_model_card=False)

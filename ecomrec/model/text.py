@@ -111,10 +111,20 @@ def _locate(name: str) -> str:
     return name
 
 # %% ../../nbs/model/03_text.ipynb #81bb1b83
+def _json(file: Path, kind: type) -> list | dict:
+    """What a JSON file holds; a ValueError names the file where that is of another kind, or empty."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, kind) or not found:
+        raise ValueError(f"{file.name} holds no {kind.__name__} with anything in it")
+    return found
+
+
 def _bert(folder: Path) -> Path | None:
     """Where a folder keeps the configuration and weights of its BERT; None where it has none of its own."""
     if (folder / "modules.json").exists():
-        first = json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]
+        first = _json(folder / "modules.json", list)[0]
+        if not isinstance(first, dict) or not {"type", "path"} <= first.keys():
+            raise ValueError("modules.json does not say type and path of its first module")
         if not first["type"].endswith(".Transformer"):
             return None
         folder = folder / first["path"]
@@ -130,9 +140,9 @@ def _folder_flaw(folder: Path) -> str:
         return ""
     if not (bert / "config.json").exists():
         return "config.json is missing, which says how large the model is"
-    kinds = json.loads((bert / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    kinds = _json(bert / "config.json", dict).get("architectures") or []
     saved = folder / "config_sentence_transformers.json"
-    saved_as = json.loads(saved.read_text(encoding="utf-8")).get("model_type") if saved.exists() else None
+    saved_as = _json(saved, dict).get("model_type") if saved.exists() else None
     if saved_as == "CrossEncoder" or any(kind.endswith("ForSequenceClassification") for kind in kinds):
         return f"this is a cross-encoder ({', '.join(kinds)}), which scores pairs of texts and has no vector for one"
     if not any(bert.glob("*.safetensors")):
@@ -161,12 +171,14 @@ def _weights_flaw(folder: Path, kind: type) -> str:
 
 
 def _tokenizer_flaw(encoder: SentenceTransformer) -> str:
-    """Whether the tokenizer knows words, and only such as have a row in the embedding table; empty if so."""
+    """Whether the tokenizer knows padding and words, and only such as have a row in the embedding table; empty if so."""
     if not hasattr(encoder[0], "model") or not hasattr(encoder.tokenizer, "all_special_ids"):
         return ""
     ids = set(encoder.tokenizer.get_vocab().values())
     if ids <= set(encoder.tokenizer.all_special_ids):
         return "its tokenizer knows no word; are tokenizer.json or vocab.txt missing?"
+    if encoder.tokenizer.pad_token_id is None:
+        return "its tokenizer has no padding token, and texts of a batch need one: set pad_token and save it again"
     try:
         rows = encoder[0].model.get_input_embeddings().weight.shape[0]
     except (AttributeError, NotImplementedError):  # a model of pictures and texts has no one table
