@@ -749,7 +749,7 @@ def run(
             if progress:
                 print(f"{folder.name} is finished; again=True (--again) repeats it", file=sys.stderr)
             return folder
-        resumed = (folder / "parts").is_dir() and not again
+        resumed = any((folder / name).is_dir() for name in ("parts", "checkpoints")) and not again
         _emptied(folder, keep=() if again else ("parts", "checkpoints"))
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         _execute(name, notebook, folder, given, progress)

@@ -1,6 +1,8 @@
 """The experiments themselves, with their small sizes: what `make demo` runs must run, and give the same numbers twice."""
 
 import json
+import multiprocessing
+import time
 
 import pandas as pd
 import pytest
@@ -31,7 +33,7 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
         assert first["random/ndcg@10"] < first["first_round/ndcg@10"] < first["corrected/ndcg@10"] < first["oracle/ndcg@10"] == 1
         assert first["oracle/regret"] == 0 < first["best_candidates/regret"] < first["random/regret"]
     elif name == "ablations":
-        rows = ("base", "another_seed", "zero_shot", "negatives=mined", "negatives=unfiltered", "epochs=2", "epochs=4", "search=best")
+        rows = ("base", "another_seed=1", "zero_shot", "negatives=mined", "negatives=unfiltered", "epochs=2", "epochs=4", "search=best")
         assert first["random/inner_ndcg@10"] < min(first[f"{row}/inner_ndcg@10"] for row in rows)
         assert {"search=cross_fitted/inner_ndcg@10_p", "base/inner_ndcg@10[typo=1]"} <= set(first)
     else:
@@ -63,15 +65,41 @@ def test_equal_grades_are_measured_without_trees(tmp_path):
     assert "trees have nothing to learn" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_every_rung_is_climbed_by_a_tiny_encoder(tmp_path):
+@pytest.fixture
+def tiny(tmp_path) -> dict:
+    """Parameters of a small shop and an encoder of two layers that knows its words."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"red blue green white shoe hat lamp chair cup desk".split()]
     BertTokenizerFast({word: number for number, word in enumerate(words)}).save_pretrained(tmp_path / "bert")
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     BertModel(config).save_pretrained(tmp_path / "bert")
     files = own_files(tmp_path, 6, lambda colour: "white green blue red".split().index(colour))
-    small = {"encoder": str(tmp_path / "bert"), "fields": ["title"], "adapt": True, "folds": 4, "epochs": 1, "list_size": 4, "max_tokens": 8}
-    found = metrics(lab.run("relevance", files | small, root=tmp_path, progress=False))
+    return files | {"encoder": str(tmp_path / "bert"), "fields": ["title"], "epochs": 1, "list_size": 4, "max_tokens": 8}
+
+
+def test_a_killed_search_goes_on_and_ends_where_it_would_have_ended(tiny, tmp_path):
+    small = tiny | {"parts": ["learning_rate"], "trials": 4, "folds": 2, "inner": 2, "workers": 1}
+    straight = lab.run("ablations", small, root=tmp_path / "straight", progress=False)
+    options = {"root": tmp_path / "killed", "progress": False}
+    process = multiprocessing.get_context("spawn").Process(target=lab.run, args=("ablations", small), kwargs=options)
+    process.start()
+    try:
+        told = lambda: "".join(path.read_text() for path in (tmp_path / "killed").glob("*/checkpoints/search.journal"))
+        deadline = time.monotonic() + 300
+        while '"state":1' not in told() and process.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.05)  # until a trial is complete
+        assert process.is_alive() and '"state":1' in told()
+    finally:
+        process.kill()  # the kernel notices that it is alone and ends too
+        process.join()
+    time.sleep(3)
+    assert told().count('"state":1') < 4
+    resumed = lab.run("ablations", small, **options)
+    assert json.loads((resumed / "run.json").read_text())["resumed"] and metrics(resumed) == metrics(straight)
+
+
+def test_every_rung_is_climbed_by_a_tiny_encoder(tiny, tmp_path):
+    found = metrics(lab.run("relevance", tiny | {"adapt": True, "folds": 4}, root=tmp_path, progress=False))
     finders = ("bm25", "zero_shot", "adapted", "bi_encoder", "sparse", "engine", "untuned_hybrid", "hybrid", "best")
     rungs = (*finders, "random", "decoder", "cross_encoder", "ltr")
     assert all(0.4 < found[f"{rung}/judged_ndcg@10"] <= 1 for rung in rungs)
