@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "nbs/_tools"))
 from notebooks import NBS, execute, notebooks  # noqa: E402
 
 FOUND = [p for p in notebooks() if p.relative_to(NBS).parts[0] not in ("experiments", "applications")]
+FOUND.sort(key=lambda path: path.stem != "05_adaptation")  # the longest one first, or a process waits for it in the end
 
 
 def skipped_cells() -> tuple[str, ...]:
