@@ -241,6 +241,7 @@ class RunRecorder:
         self.name, self.parameters = name, dict(parameters or {})
         self.folder = Path(folder or self._temporary.name)
         self._watch: _MemoryWatch | None = None
+        self._began, self._reused = time.time(), 0
 
     def cached(self, key: str, function: Callable[[], object], content: tuple | None = None) -> object:
         """The result of a long step: computed once, read back when a killed run is run again.
@@ -264,7 +265,9 @@ class RunRecorder:
         """What is read from a folder, which is written first if it is absent or damaged."""
         if folder.exists():
             try:
-                return read(folder)
+                found = read(folder)
+                self._reused += folder.stat().st_mtime < self._began
+                return found
             except ArtefactError:
                 print(f"{self.name}: the part {key!r} is damaged and is computed again", file=sys.stderr)
                 shutil.rmtree(folder)
@@ -354,7 +357,7 @@ class RunRecorder:
         """
         write_json(self.folder / "result.json", _checked_metrics(metrics))
         peak = max(_memory_held(), self._watch.peak if self._watch else 0)
-        write_json(self.folder / "kernel.json", {"peak_memory_bytes": peak, "gpu": _accelerator()})
+        write_json(self.folder / "kernel.json", {"peak_memory_bytes": peak, "gpu": _accelerator(), "reused_parts": self._reused})
 
     def __repr__(self) -> str:
         return f"RunRecorder({self.name!r}, {'a temporary folder' if self._temporary else self.folder.name})"
@@ -759,14 +762,20 @@ def run(
     return folder
 
 
+def _duration(about: dict) -> str:
+    """How long a run took, and how much of its work had been done before."""
+    reused = about.get("reused_parts", 0)
+    return f"{about['seconds']:.0f} s" + (f" ({reused} parts were computed before)" if reused else "")
+
+
 def _finish(folder: Path, about: dict) -> None:
     """Write run.json and the report, clear away what only the kernel needed, and name the metrics last."""
     if not (folder / "result.json").exists():
         message = f"{about['name']} ended without handing in metrics; its last step must call metrics() of the recorder"
         raise NotebookError(message, folder / "run.ipynb")
     measured = json.loads((folder / "kernel.json").read_text(encoding="utf-8"))
-    hardware = _hardware() | {"gpu": measured["gpu"]}
-    write_json(folder / "run.json", about | {"hardware": hardware, "peak_memory_bytes": measured["peak_memory_bytes"]})
+    about |= {"hardware": _hardware() | {"gpu": measured.pop("gpu")}, **measured}
+    write_json(folder / "run.json", about)
     _write_text(folder / "report.html", report(folder))
     for name in ("kernel.json", "kernel.log"):
         (folder / name).unlink()
@@ -836,7 +845,7 @@ def report(folder: Path) -> str:
     scripts = _MATHS + _script("mathjax/tex-svg.js") if "$" in text else ""
     if "```mermaid" in text:
         scripts += _script("mermaid/mermaid.min.js") + "<script>mermaid.initialize({startOnLoad: true});</script>"
-    line = f"{folder.name}, {about['started'][:16].replace('T', ' ')} UTC, {about['seconds']:.0f} s"
+    line = f"{folder.name}, {about['started'][:16].replace('T', ' ')} UTC, {_duration(about)}"
     line += f", commit {about['commit'][:10]}" if about["commit"] else ""
     exporter = HTMLExporter(template_name="lab", raw_template=_PAGE, embed_images=True)
     return exporter.from_notebook_node(notebook, resources={"scripts": scripts, "line": line})[0]
@@ -1061,4 +1070,4 @@ def results_table(
     order = [key.partition("/")[0] for key in numbers]
     rows = [system for system in dict.fromkeys(order) if any(system in column for column in columns.values())]
     table = pd.DataFrame(columns).reindex(rows).fillna("").rename_axis("system")
-    return Results(table, f"Run {name}-{latest['hash']}, {latest['started'][:10]}, {latest['seconds']:.0f} s.")
+    return Results(table, f"Run {name}-{latest['hash']}, {latest['started'][:10]}, {_duration(latest)}.")

@@ -371,8 +371,10 @@ def test_killed_midway_it_is_locked_before_and_resumes_after(bench, tmp_path):
     part = next(folder.glob("parts/old-*")).stat().st_mtime_ns
     assert part and not (folder / "metrics.json").exists()
     assert bench.run(n=9) == folder
-    assert json.loads((folder / "run.json").read_text())["resumed"]
+    about = json.loads((folder / "run.json").read_text())
+    assert about["resumed"] and about["reused_parts"] == 1  # "old" was there, "new" was not
     whole = bench.run(root=tmp_path, n=9)
+    assert json.loads((whole / "run.json").read_text())["reused_parts"] == 0
     assert (whole / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
 
 
