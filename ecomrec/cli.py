@@ -78,10 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 if all went well, 1 if an experiment failed, 2 if what was asked for is not possible,
         130 if it was stopped.
     """
-    # Waiting threads sleep instead of spinning. A text's length hardly ever comes back, so a thousand compiled matrix products
-    # (oneDNN's default) only take memory, 100 MB or more a process. The notebook's kernel inherits both.
+    # Waiting threads sleep instead of spinning, and the notebook's kernel inherits it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Chinese shows ? for 鞋 and does not stop there

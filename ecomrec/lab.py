@@ -226,6 +226,12 @@ def _accelerator() -> str | None:
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
+
+def _bfloat16() -> bool | None:
+    """Whether models compute in bfloat16 here, which moves what they learn; None where none was loaded."""
+    text = sys.modules.get("ecomrec.model.text")
+    return text.has_bfloat16("cuda" if _accelerator() else "cpu") if text is not None else None
+
 # %% ../nbs/01_lab.ipynb #0000000d
 class RunRecorder:
     """What an experiment leaves behind, written into its run's folder while it runs.
@@ -250,7 +256,7 @@ class RunRecorder:
             key: Name of the step, unique in the run, e.g. "bi_encoder fold=3 seed=0".
             function: Makes the result: a table, an array, what JSON can hold, or a dict by text of these.
             content: All that the result depends on, see `content_hash`. With it the part is kept beside the runs, in `.cache`,
-                and serves other runs too, as long as this content, the code of the models and the libraries are the same. What
+                and serves other runs too, as long as this content, the code of the models, the libraries and the precision are the same. What
                 no longer serves stays there until you delete the folder; nothing but time is lost with it.
         Returns:
             The result as it was stored, the first time too, so that both times give the same numbers.
@@ -283,7 +289,7 @@ class RunRecorder:
         if content is None:
             return self.folder / "parts" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         root = self.folder if self._temporary else self.folder.parent
-        return root / ".cache" / f"{slug}-{content_hash(_package_source('model'), _versions(), *content)[:16]}"
+        return root / ".cache" / f"{slug}-{content_hash(_package_source('model'), _versions(), _bfloat16(), *content)[:16]}"
 
     def cached_many(
         self, steps: dict[str, tuple], function: Callable[..., object], workers: int | None = None, label: str = "steps"
@@ -357,7 +363,8 @@ class RunRecorder:
         """
         write_json(self.folder / "result.json", _checked_metrics(metrics))
         peak = max(_memory_held(), self._watch.peak if self._watch else 0)
-        write_json(self.folder / "kernel.json", {"peak_memory_bytes": peak, "gpu": _accelerator(), "reused_parts": self._reused})
+        write_json(self.folder / "kernel.json", {"peak_memory_bytes": peak, "reused_parts": self._reused,
+                                                 "gpu": _accelerator(), "bfloat16": _bfloat16()})
 
     def __repr__(self) -> str:
         return f"RunRecorder({self.name!r}, {'a temporary folder' if self._temporary else self.folder.name})"
@@ -676,7 +683,9 @@ def _execute(name: str, notebook: Path, folder: Path, given: dict, progress: boo
     # A reader's own IPython start-up files and history are no part of a run.
     with tempfile.TemporaryDirectory() as profile, open(folder / "kernel.log", "wb") as log:
         here = {"ECOMREC_DATA": str(data_home().resolve())}  # the kernel stands in another folder than the caller
-        env = os.environ | here | {RUN_VARIABLE: str(folder), "IPYTHONDIR": profile}
+        # The shapes of texts hardly come back: the ladder on Chorus is as fast with 16 compiled products kept as with oneDNN's 1,024.
+        thrifty = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+        env = thrifty | os.environ | here | {RUN_VARIABLE: str(folder), "IPYTHONDIR": profile}
         try:
             papermill.execute_notebook(*plain, env=env, log=log, **options)
         except PapermillExecutionError as error:
@@ -774,7 +783,7 @@ def _finish(folder: Path, about: dict) -> None:
         message = f"{about['name']} ended without handing in metrics; its last step must call metrics() of the recorder"
         raise NotebookError(message, folder / "run.ipynb")
     measured = json.loads((folder / "kernel.json").read_text(encoding="utf-8"))
-    about |= {"hardware": _hardware() | {"gpu": measured.pop("gpu")}, **measured}
+    about |= {"hardware": _hardware() | {name: measured.pop(name) for name in ("gpu", "bfloat16")}, **measured}
     write_json(folder / "run.json", about)
     _write_text(folder / "report.html", report(folder))
     for name in ("kernel.json", "kernel.log"):

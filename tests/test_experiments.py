@@ -106,6 +106,13 @@ def test_every_rung_is_climbed_by_a_tiny_encoder(tiny, tmp_path):
     assert [found.get(f"{rung}/recall@100") for rung in rungs] == [1] * 9 + [None] * 4  # 24 products, and a hundred may come in
 
 
+def test_a_part_made_in_another_precision_is_not_taken(tmp_path, monkeypatch):
+    for half in (False, True):
+        monkeypatch.setattr("ecomrec.model.text.has_bfloat16", lambda device: half)
+        recorder = lab.RunRecorder("made", folder=tmp_path / "runs/made")
+        assert [recorder.cached("part", lambda: value, content=("same",)) for value in (half, "again")] == [half, half]
+
+
 @pytest.mark.slow
 def test_search_on_real_products_keeps_its_level(tmp_path):
     if not sources.is_available("chorus"):
