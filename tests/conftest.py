@@ -14,12 +14,13 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Side by side, a file's tests share one process and what they set up; notebooks are spread one by one."""
+    """Side by side, a file's tests share one process and what they set up; notebooks and experiments are spread one by one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class FilesAndNotebooks(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return nodeid if "test_notebooks.py" in nodeid else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(("test_notebooks.py", "test_experiments.py")) else file
 
     return FilesAndNotebooks(config, log)
 
