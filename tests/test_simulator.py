@@ -241,7 +241,29 @@ def test_sizes_and_switches_that_are_refused():
         with pytest.raises(ValueError, match=f"{next(iter(argument))} must be at least"):
             simulate(**argument)
     with pytest.raises(ValueError, match="choose from"):
-        simulate(settings=dataclasses.replace(Settings(), examination="cascade"))
+        simulate(settings=dataclasses.replace(Settings(), examination="telepathy"))
+
+
+def clicks_by_page_and_place(**law) -> tuple[int, np.ndarray]:
+    """Most clicks on one page, and clicks by place, of people who read as the law says."""
+    sizes = {"seed": 3, "n_items": 300, "n_users": 30, "n_days": 2, "requests_per_day": 400}
+    truth = simulate(**sizes, settings=Settings(**law)).truth
+    asked = truth.requests(2000, seed=1)
+    clicks = truth.respond(asked, *truth.logging_pages(asked, seed=1), "old", seed=1).query("kind == 'click'")
+    return clicks.groupby("request_id").size().max(), np.bincount(clicks["position"].astype(int), minlength=11)[1:]
+
+
+def test_a_cascade_ends_with_what_is_wanted_and_trust_clicks_the_first_place():
+    most, by_cascade = clicks_by_page_and_place(examination="cascade", accident=0)
+    assert most == 1
+    most, by_network = clicks_by_page_and_place(examination="dbn", accident=0, patience=1, satisfied=1)
+    assert most == 1 and (by_network == by_cascade).all()  # a cascade is a network without a doubt
+    most, _ = clicks_by_page_and_place(examination="dbn", accident=0, satisfied=0.3)
+    assert most > 1
+    _, plain = clicks_by_page_and_place()
+    _, trusting = clicks_by_page_and_place(trust=0.2)
+    more = trusting - plain
+    assert more[0] > 200 and more[0] > 3 * more[1:].max() and (more >= 0).all()
 
 
 def test_a_changed_truth_is_noticed(small, tmp_path):

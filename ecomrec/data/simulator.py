@@ -78,7 +78,10 @@ class Settings:
     out_of_stock: float = 1.5
     nest: float = 0.4  # how much of the surprise is shared by one brand's items on a page
     examination: str = "position"  # who looks at what: a name in EXAMINATION
-    eta: float = 1.0  # position k is looked at with probability k ** -eta
+    eta: float = 1.0  # by position: place k is looked at with probability k ** -eta
+    patience: float = 0.9  # dbn: chance to read on after a place
+    satisfied: float = 0.7  # dbn: chance that what is wanted ends the search
+    trust: float = 0.0  # a click on the first place, looked at and not wanted, because it stands there; 1 / k of it at place k
     accident: float = 0.01  # a click on what was looked at and not wanted
     satiation: float = 0.25  # chance to buy once more from the same page
     temperature: float = 1.0  # of the old policy
@@ -377,9 +380,27 @@ def _examine_position(wants: np.ndarray, settings: Settings, rng: np.random.Gene
     return rng.random(wants.shape) < chance
 
 
-EXAMINATION = {"position": _examine_position}
+def _examine_cascade(wants: np.ndarray, settings: Settings, rng: np.random.Generator) -> np.ndarray:
+    """Cascade: read from the top down to the first item that is wanted.
+
+    Source: Craswell, Zoeter, Taylor & Ramsey (2008), an experimental comparison of click position-bias models.
+    """
+    return np.cumsum(wants, axis=1) - wants == 0
 
 
+def _examine_dbn(wants: np.ndarray, settings: Settings, rng: np.random.Generator) -> np.ndarray:
+    """Dynamic Bayesian network: read on with some patience, until something wanted also satisfies.
+
+    Source: Chapelle & Zhang (2009), a dynamic Bayesian network click model for web search ranking.
+    """
+    stays = rng.random(wants.shape) < settings.patience
+    stays &= ~wants | (rng.random(wants.shape) >= settings.satisfied)
+    return np.cumprod(np.insert(stays[:, :-1], 0, True, axis=1), axis=1) > 0
+
+
+EXAMINATION = {"position": _examine_position, "cascade": _examine_cascade, "dbn": _examine_dbn}
+
+# %% ../../nbs/data/04_simulator.ipynb #4c9a7d11
 def _surprises(nests: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
     """Uniform numbers (requests, k), correlated where a row's nests are equal; each alone is exactly uniform."""
     common = np.take_along_axis(rng.normal(size=(len(nests), nests.max() + 1)), nests, axis=1)
@@ -399,7 +420,7 @@ def _behave(
     """
     wants = _surprises(nests, settings.nest, rng) < chance
     examined = EXAMINATION[settings.examination](wants, settings, rng)
-    accident = rng.random(chance.shape) < settings.accident
+    accident = rng.random(chance.shape) < settings.accident + settings.trust / np.arange(1, chance.shape[1] + 1)
     clicked = examined & (wants | accident)
     cart = clicked & wants & (rng.random(chance.shape) < 0.25 + 0.5 * chance)
     purchase = cart & (rng.random(chance.shape) < buyable)
