@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecomrec.data.cleaning import PLAN, Rule, clean
+from ecomrec.data.cleaning import PLAN, Rule, clean, compare_plans, load_plan, save_plan
 from ecomrec.data.sources import Tables, load
 from ecomrec.data.tables import TableError, check, empty
 
@@ -116,3 +116,26 @@ def test_a_rule_that_cannot_run_is_named(rule):
 
 def test_the_plan_is_plain_data():
     assert len({str(rule) for rule in PLAN}) == len(PLAN) and all(rule.why for rule in PLAN)
+
+
+def test_a_column_without_a_value_stays_text(shop):
+    tables, _ = clean(replace(shop, products=shop.products.assign(brand=pd.Series(pd.NA, index=shop.products.index, dtype="str"))))
+    assert tables.products["brand"].eq("unknown").all()
+
+
+def test_a_note_counts_and_changes_nothing(shop):
+    note = Rule("note", "events", ("user_id",), "nobody", {"when": "missing"})
+    (noted, audit), (plain, _) = clean(shop, [note, *PLAN]), clean(shop)
+    assert audit.table()["rows_found"].iloc[0] == shop.events["user_id"].isna().sum() > 0 and audit.table()["examples"].iloc[0]
+    for table in ("products", "users", "events"):
+        pd.testing.assert_frame_equal(getattr(noted, table), getattr(plain, table))
+
+
+def test_a_plan_is_kept_and_compared(tmp_path):
+    save_plan(PLAN, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == PLAN and compare_plans(PLAN, PLAN) == ""
+    changed = [*PLAN[1:], Rule("note", "events", ("kind",), "sent back", {"when": "is", "value": "return"})]
+    assert compare_plans(PLAN, changed).splitlines() == [f"-{PLAN[0]}", "+note events(kind, when=is, value=return)"]
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match="a plan is a list of rules"):
+        load_plan(tmp_path / "plan.json")
