@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecomrec.data.cleaning import PLAN, Rule, clean, compare_plans, load_plan, save_plan
+from ecomrec.data.cleaning import PLAN, Rule, _core, clean, compare_plans, load_plan, save_plan
 from ecomrec.data.sources import Tables, load
 from ecomrec.data.tables import TableError, check, empty
 
@@ -139,3 +139,26 @@ def test_a_plan_is_kept_and_compared(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match="a plan is a list of rules"):
         load_plan(tmp_path / "plan.json")
+
+
+@given(st.lists(st.tuples(st.sampled_from("uvwx"), st.sampled_from("abcd")), max_size=30), st.integers(1, 4))
+def test_a_core_is_the_largest_part_in_which_everybody_has_enough(pairs, k):
+    frame = pd.DataFrame(pairs, columns=["user_id", "item_id"], dtype="str")
+    kept = _core(frame, {}, Rule("core", "events", ("user_id", "item_id"), "", {"k": k}))
+    assert all(kept[column].value_counts().ge(k).all() for column in kept)
+    gone = frame.index.difference(kept.index)
+    for row in gone:  # whoever came back alone would have too few again
+        again = frame.loc[[*kept.index, row]]
+        assert k > 1 and any(again[column].value_counts().lt(k).any() for column in again)
+    whole = _core(frame.iloc[::-1], {}, Rule("core", "events", ("user_id", "item_id"), "", {"k": k}))
+    assert set(whole.index) == set(kept.index)
+
+
+def test_outliers_are_told_by_group_and_without_spread_there_are_none(shop):
+    rule = Rule("blank", "products", ("price",), "in cents", {"when": "outlier", "by": "category", "limit": 6})
+    products = clean(shop)[0].products
+    prices = products["price"].where(products.index != 7, products["price"] * 100)
+    _, audit = clean(Tables("toy", products.assign(price=prices)), [rule])
+    assert audit.table()["rows_found"].tolist() == [1] and audit.table()["examples"].iloc[0].startswith(products["item_id"].iloc[7])
+    same = products.head(3).assign(price=[5.0, 5.0, 9.0], category="x")
+    assert clean(Tables("toy", same), [rule])[1].table()["rows_found"].tolist() == [0]

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from difflib import unified_diff
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .artefacts import write_json
@@ -25,7 +26,7 @@ class Rule:
     """One step of a cleaning plan.
 
     Args:
-        action: `note`, `dedupe`, `drop`, `blank`, `normalise` or `fill`.
+        action: `note`, `dedupe`, `drop`, `core`, `blank`, `normalise` or `fill`.
         table: Name of the table it changes.
         columns: The columns it looks at.
         why: The reason, for the audit's reader.
@@ -56,6 +57,17 @@ def _too_many(frame: pd.DataFrame, column: str, of: str, limit: int, window: int
     return frame[column].isin(frame.loc[busy, column].dropna().unique())
 
 
+def _outlier(frame: pd.DataFrame, column: str, by: str, limit: float) -> pd.Series:
+    """True for positive values whose logarithm is far from its group's median, in units of 1.4826 median absolute deviations.
+
+    Source: Iglewicz & Hoaglin (1993), how to detect and handle outliers.
+    """
+    level = np.log(frame[column].where(frame[column] > 0).astype("float64"))
+    off = (level - level.groupby(frame[by]).transform("median")).abs()
+    spread = 1.4826 * off.groupby(frame[by]).transform("median")
+    return (spread > 0) & (off > limit * spread)
+
+
 CONDITIONS: dict[str, Callable[..., pd.Series]] = {
     "missing": lambda frame, column, tables, but_kind=None: frame[column].isna() & (frame["kind"] != but_kind if but_kind else True),
     "is": lambda frame, column, tables, value: frame[column] == value,
@@ -65,6 +77,7 @@ CONDITIONS: dict[str, Callable[..., pd.Series]] = {
     "unknown": lambda frame, column, tables, known_in: (
         frame[column].notna() & ~frame[column].isin(tables[known_in][column])
     ),
+    "outlier": lambda frame, column, tables, by, limit: _outlier(frame, column, by, limit),
     "too_many": lambda frame, column, tables, **options: _too_many(frame, column, **options),
 }
 
@@ -81,6 +94,16 @@ def _fulfilled(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Ru
 def _drop(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) -> pd.DataFrame:
     """Remove the rows in which any of the rule's columns fulfils its condition."""
     return frame[~_fulfilled(frame, tables, rule).any(axis=1)]
+
+
+def _core(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) -> pd.DataFrame:
+    """Remove rows until each value in the rule's columns stands in at least k of those that are left; nulls stay."""
+    while True:
+        rare = [frame.groupby(column)[column].transform("size") < rule.options["k"] for column in rule.columns]
+        rare = pd.concat(rare, axis=1).any(axis=1)
+        if not rare.any():
+            return frame
+        frame = frame[~rare]
 
 
 def _blank(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) -> pd.DataFrame:
@@ -125,7 +148,7 @@ def _fill(frame: pd.DataFrame, tables: Mapping[str, pd.DataFrame], rule: Rule) -
     })
 
 
-ACTIONS = {"note": lambda frame, tables, rule: frame, "dedupe": _dedupe, "drop": _drop, "blank": _blank, "normalise": _normalise, "fill": _fill}
+ACTIONS = {"note": lambda frame, tables, rule: frame, "dedupe": _dedupe, "drop": _drop, "core": _core, "blank": _blank, "normalise": _normalise, "fill": _fill}
 
 # %% ../../nbs/data/07_cleaning.ipynb #0000001a
 @dataclass(frozen=True, repr=False)
