@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ecomrec.data import sources
@@ -93,6 +93,7 @@ def test_the_order_of_the_products_does_not_matter():
 
 
 @given(st.text(max_size=40), st.integers(0, 2**31))
+@example("AAß", 0)
 @QUICK
 def test_one_typo_is_planted_where_a_word_is_long_enough(text, seed):
     typed = misspelt(text, np.random.default_rng(seed))

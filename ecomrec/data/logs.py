@@ -51,11 +51,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
 
 
+def _as_number(text: str) -> float | int:
+    """A number of JSON; 7.0 is 7, or an id that had a null beside it would be another one."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
 def _of_json(lines: Iterable[tuple[int, bytes]], parse: Callable[[int, dict], list]) -> Iterator[tuple[int, dict] | Reject]:
     """Numbered rows of JSON lines; a line that is no JSON, or lacks what `parse` reads, is rejected."""
     for number, line in lines:
         try:
-            found = parse(number, json.loads(line))
+            found = parse(number, json.loads(line, parse_float=_as_number))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else f"no line of this kind ({error})"
             yield Reject(number, reason, line.decode("utf-8", "replace")[:200])

@@ -123,7 +123,7 @@ def misspelt(query: str, rng: np.random.Generator) -> str:
     Returns:
         The query with a letter lost, doubled, replaced, or swapped with the next; as it is if no word has four letters.
     """
-    words = [found for found in WORD.finditer(query) if _mendable(found[0].casefold())]
+    words = [found for found in WORD.finditer(query) if found[0].isascii() and _mendable(found[0].casefold())]
     if not words:
         return query
     word = words[rng.integers(len(words))]
