@@ -173,11 +173,10 @@ def _difference(rule: Rule, before: pd.DataFrame, after: pd.DataFrame, tables: M
     gone = before.index.difference(after.index)
     old, new = before.loc[after.index, list(rule.columns)], after[list(rule.columns)]
     changed = ~((old == new).fillna(False).astype(bool) | (old.isna() & new.isna()))
-    noted = _fulfilled(before, tables, rule).any(axis=1) if rule.action == "note" else None
-    found = len(gone) + changed.any(axis=1).sum() if noted is None else noted.sum()
+    about = before.index[_fulfilled(before, tables, rule).any(axis=1)] if rule.action == "note" else gone
+    found = len(about) + changed.any(axis=1).sum()
     key = KEYS[rule.table]
-    examples = [] if noted is None else [" ".join(map(str, row)) for row in before.loc[noted, key].head(3).itertuples(index=False)]
-    examples += [" ".join(map(str, row)) for row in before.loc[gone[:3], key].itertuples(index=False)]
+    examples = [" ".join(map(str, row)) for row in before.loc[about[:3], key].itertuples(index=False)]
     examples += [
         f"{' '.join(map(str, before.loc[row, key]))}: {old.loc[row, column]} -> {after.loc[row, column]}"
         for column in rule.columns for row in changed.index[changed[column]][:3]

@@ -21,8 +21,8 @@ import requests
 import zstandard
 
 from .artefacts import home, sha256
-from .logs import LogError, Piece, read_log
-from .tables import CONTRACTS, KEYS, TABLES, TableError, check, check_links, milliseconds
+from .logs import LogError, Piece, read_log, together
+from .tables import CONTRACTS, TABLES, TableError, check, check_links, milliseconds
 
 # %% ../../nbs/data/06_sources.ipynb #00000005
 class SourceError(ValueError):
@@ -284,11 +284,8 @@ def _read_folder(path: Path) -> dict[str, pd.DataFrame]:
 def _read_logs(form: str, *names: str) -> Callable[[Path], dict[str, pd.DataFrame]]:
     """A reader of a folder's logs."""
     def read(path: Path) -> dict[str, pd.DataFrame]:
-        logs = [read_log(path / name, form) for name in names]
-        frames = {part: pd.concat([getattr(log, part) for log in logs], ignore_index=True) for part in ("products", "users", "events", "rejects")}
-        for table in ("products", "users"):
-            frames[table] = frames[table].drop_duplicates(KEYS[table], ignore_index=True)
-        return frames
+        whole = together([read_log(path / name, form) for name in names])
+        return {part: getattr(whole, part) for part in ("products", "users", "events", "rejects")}
 
     return read
 
