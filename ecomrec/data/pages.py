@@ -51,10 +51,11 @@ def plackett_luce(scores: np.ndarray, k: int, rng: np.random.Generator, temperat
 
 # %% ../../nbs/data/03_pages.ipynb #00000016
 def _add_coin(counts: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Distribution of a count after one more coin: counts (j, ...) is P(count = j), p (...) the chance of heads."""
-    after = counts * (1 - p)
-    after[1:] += counts[:-1] * p
-    return after
+    """Make the distribution of a count that of one more coin: counts (j, ...) is P(count = j), p (...) the chance of heads."""
+    more = counts[:-1] * p
+    counts *= 1 - p
+    counts[1:] += more
+    return counts
 
 # %% ../../nbs/data/03_pages.ipynb #00000019
 def _moments(rates: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -77,18 +78,19 @@ def _propensities(rates: np.ndarray, pages: np.ndarray, step: float) -> np.ndarr
     np.put_along_axis(hidden, pages, False, axis=1)
     hidden = np.nonzero(hidden)[1].reshape(requests, -1)
     hidden_rates, shown_rates = (np.take_along_axis(rates, index, axis=1).T[..., None] for index in (hidden, pages))
-    start = np.zeros((k, *t.shape))
-    start[0] = 1
+    shown, none = -np.expm1(-shown_rates * t), np.zeros((1, *t.shape))
+    below = [none + 1]
+    for p in shown[:0:-1]:
+        below.insert(0, _add_coin(np.concatenate([below[0], none]), p))
+    above = np.concatenate([none + 1, *[none] * (k - 1)])
     for p in -np.expm1(-hidden_rates * t):
-        start = _add_coin(start, p)
-    shown = -np.expm1(-shown_rates * t)
+        _add_coin(above, p)
     out = np.empty(pages.shape)
     for place in range(k):
-        counts = start[: place + 1]  # higher counts cannot come down again
-        for other in range(k):
-            if other != place:
-                counts = _add_coin(counts, shown[other])
-        out[:, place] = (shown_rates[place] * (1 - shown[place]) * counts[place] * dt).sum(1)
+        rest = below[place][: place + 1]  # place others in all: j of those below go with place - j of the rest
+        exactly = (above[place + 1 - len(rest) : place + 1] * rest[::-1]).sum(0)
+        out[:, place] = (shown_rates[place] * (1 - shown[place]) * exactly * dt).sum(1)
+        _add_coin(above, shown[place])
     return out
 
 # %% ../../nbs/data/03_pages.ipynb #0000001d
