@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecomrec.data.cleaning import PLAN, Rule, _core, clean, compare_plans, load_plan, save_plan
-from ecomrec.data.sources import Tables, load
+from ecomrec.data.cleaning import PLAN, Rule, against_truth, apply_rule, clean, compare_plans, load_plan, save_plan
+from ecomrec.data.simulator import load_truth
+from ecomrec.data.sources import Tables, folder, load
 from ecomrec.data.tables import TableError, check, empty
 
 DAY = 86_400_000
@@ -143,15 +144,50 @@ def test_a_plan_is_kept_and_compared(tmp_path):
 
 @given(st.lists(st.tuples(st.sampled_from("uvwx"), st.sampled_from("abcd")), max_size=30), st.integers(1, 4))
 def test_a_core_is_the_largest_part_in_which_everybody_has_enough(pairs, k):
-    frame = pd.DataFrame(pairs, columns=["user_id", "item_id"], dtype="str")
-    kept = _core(frame, {}, Rule("core", "events", ("user_id", "item_id"), "", {"k": k}))
-    assert all(kept[column].value_counts().ge(k).all() for column in kept)
-    gone = frame.index.difference(kept.index)
-    for row in gone:  # whoever came back alone would have too few again
-        again = frame.loc[[*kept.index, row]]
-        assert k > 1 and any(again[column].value_counts().lt(k).any() for column in again)
-    whole = _core(frame.iloc[::-1], {}, Rule("core", "events", ("user_id", "item_id"), "", {"k": k}))
-    assert set(whole.index) == set(kept.index)
+    rule, columns = Rule("core", "events", ("user_id", "item_id"), "", {"k": k}), ["user_id", "item_id"]
+    frame = pd.DataFrame(pairs, columns=columns, dtype="str").assign(event_id=[f"{i:03}" for i in range(len(pairs))])
+    kept = apply_rule(frame, rule)
+    assert all(kept[column].value_counts().ge(k).all() for column in columns)
+    for row in set(frame["event_id"]) - set(kept["event_id"]):  # whoever came back alone would have too few again
+        again = pd.concat([kept, frame[frame["event_id"] == row]])
+        assert k > 1 and any(again[column].value_counts().lt(k).any() for column in columns)
+    assert set(apply_rule(frame.iloc[::-1], rule)["event_id"]) == set(kept["event_id"])
+
+
+def test_planted_dirt_is_found_and_nothing_else(shop):
+    kinds = against_truth(shop, load_truth(folder("shop")).dirt)
+    assert (kinds.loc[["duplicates", "clocks", "impossible values", "unknown keys"], ["precision", "recall"]] >= 0.99).all(axis=None)
+    assert (kinds.loc["robots", ["precision", "recall"]] >= 0.95).all() and (kinds["planted"] > 0).all()
+
+
+def test_converted_prices_are_the_true_ones(shop):
+    dirt, products = load_truth(folder("shop")).dirt, clean(shop)[0].products.set_index("item_id")
+    wrong = dirt[dirt["kind"].isin(["price in cents", "price in yuan"])]
+    assert products["price"][wrong["key"]].to_numpy() == pytest.approx(wrong["value"].astype(float).to_numpy(), abs=0.01)
+    assert set(products["currency"]) == {"EUR"}
+
+
+def test_what_is_listed_twice_becomes_one_and_its_events_follow():
+    tables = _tables(item_id=["b", "a"])
+    both = tables.products.assign(title=["Blue Running Shoes 42", "42 blue running shoes - new"], price=[10.0, 10.05], parent_id=["p", "q"])
+    judged = check("judgements", pd.DataFrame({"query_id": "q", "query": "shoes", "item_id": ["a", "b"], "grade": [3, 3]}))
+    merged, audit = clean(replace(tables, products=both, judgements=judged))
+    assert merged.products["item_id"].tolist() == ["a"] and merged.events["item_id"].tolist() == ["a", "a"] and len(merged.judgements) == 1
+    assert audit.table().query("rows_found > 0 and rule.str.startswith('merge')")["examples"].tolist() == ["b = a"]
+    for change in ({"title": ["Blue Running Shoes 42", "Blue Running Shoes 43"]}, {"price": [10.0, 12.0]}, {"parent_id": ["p", "p"]}, {"description": ["x", "y"]}):
+        assert len(clean(replace(tables, products=both.assign(**change)))[0].products) == 2
+
+
+def test_a_model_predicts_what_a_median_cannot(shop):
+    products = clean(shop)[0].products
+    gaps = products.index % 7 == 0
+    holes = replace(shop, products=products.assign(price=products["price"].where(~gaps)), events=None, users=None, judgements=None)
+    error = {}
+    for name, options in {"median": {"by": "category"}, "model": {"using": ["category", "brand", "rating", "n_ratings"]}}.items():
+        filled, audit = clean(holes, [Rule("fill", "products", ("price",), "unknown", options)])
+        assert audit.table()["cells_changed"].tolist() == [gaps.sum()] and filled.products["price"].notna().all()
+        error[name] = (filled.products["price"] / products["price"])[gaps].sub(1).abs().mean()
+    assert error["model"] < 0.8 * error["median"]
 
 
 def test_outliers_are_told_by_group_and_without_spread_there_are_none(shop):

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ecomrec.data import artefacts, simulator, tables
+from ecomrec.data import artefacts, behaviour, simulator, sources, tables
 from ecomrec.data.pages import page_propensities
-from ecomrec.data.simulator import DIRT, START, Settings, load_truth, simulate, write_shop
+from ecomrec.data.behaviour import DAY, START, Settings
+from ecomrec.data.simulator import DIRT, load_truth, simulate, write_shop
 
 SHOP = Path(__file__).parents[1] / "data" / "shop"
-TRUTH = ("items", "users", "queries", "raters", "dirt")
+TRUTH = ("items", "users", "queries", "purchases", "raters", "dirt")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +59,9 @@ def test_card_has_the_numbers_of_the_data(shop):
 
 
 def test_catalogue(shop):
+    again = shop.truth.dirt.key[shop.truth.dirt.kind == "product in other words"]
     products = shop.products.drop_duplicates()
-    assert len(products) == 2000 and products.item_id.is_unique
+    assert len(products) == 2000 + len(again) and products.item_id.is_unique and again.isin(products.item_id).all()
     assert products.category.str.count(" > ").eq(2).all() and products.category.nunique() >= 24
     running = products[products.category.str.endswith("running shoes")]
     assert running.language.value_counts().min() > 50 and running.brand.nunique() >= 8
@@ -72,7 +74,7 @@ def test_catalogue(shop):
 
 
 def test_words_are_complete_in_both_languages():
-    words = simulator._words()
+    words = behaviour.lexicon()
     for category in words["categories"]:
         for language in ("en", "zh"):
             texts = category[language]
@@ -86,18 +88,25 @@ def test_words_are_complete_in_both_languages():
 
 
 def test_events_tell_one_story(shop):
-    events = simulator._collect(shop.truth, n_days=3, requests_per_day=30)
+    truth = dataclasses.replace(shop.truth, purchases=None)
+    events, after = simulator._collect(truth, n_days=25, requests_per_day=30, progress=False)
     assert events.event_id.is_unique
     assert events.equals(events.sort_values(["ts", "event_id"], ignore_index=True))
     key = ["request_id", "item_id"]
     pairs = {kind: set(map(tuple, events.loc[events.kind == kind, key].to_numpy())) for kind in events.kind.unique()}
-    assert pairs["purchase"] <= pairs["cart"] <= pairs["click"] <= pairs["impression"]
+    assert pairs["return"] | pairs["rating"] <= pairs["purchase"] <= pairs["cart"] <= pairs["click"] <= pairs["impression"]
+    bought = events[(events.kind == "purchase")].sort_values(["ts", "user_id", "item_id"])
+    assert bought[["user_id", "item_id", "ts"]].to_numpy().tolist() == after.purchases.to_numpy().tolist()
+    assert set(events.surface) == set(tables.SURFACES) and events[events["query"].notna()].surface.eq("search").all()
+    assert events[events.kind == "rating"].stars.between(1, 5).all() and events[events.kind != "rating"].stars.isna().all()
+    assert events[events.kind.isin(["return", "rating"])].ts.max() < START + 25 * DAY
     pages = events[events.kind == "impression"].groupby("request_id")
     assert (pages.size() == 10).all() and (pages.position.sum() == 55).all() and (pages.item_id.nunique() == 10).all()
     searched = events[events.kind == "search"].set_index("request_id").ts
-    assert (events.ts >= searched[events.request_id].to_numpy()).all() and events.ts.min() >= START
+    on_search = events[events.surface == "search"]
+    assert (on_search.ts >= searched[on_search.request_id].to_numpy()).all() and events.ts.min() >= START
     times = events[events.kind != "search"].pivot(index=key, columns="kind", values="ts")
-    for before, after in (("impression", "click"), ("click", "cart"), ("cart", "purchase")):
+    for before, after in (("impression", "click"), ("click", "cart"), ("cart", "purchase"), ("purchase", "return"), ("purchase", "rating")):
         both = times[[before, after]].dropna()
         assert len(both) and (both[before] < both[after]).all()
 
@@ -105,10 +114,12 @@ def test_events_tell_one_story(shop):
 def test_dirt_is_where_the_list_says(shop):
     dirt = shop.truth.dirt
     expected = {"products": 2000, "users": 500, "events": len(shop.events)}
+    priced = shop.events.price.notna().mean()
     for kind, rate in DIRT.items():
         rows = dirt[dirt.kind == kind]
         n = expected[rows.table.iloc[0]]
-        sd = np.sqrt(n * rate * (20 if kind == "anonymous" else 1))  # sessions go anonymous as a whole
+        clustered = {"anonymous": 20, "paid less than nothing": 1 / priced}  # whole sessions; only events with a price
+        sd = np.sqrt(n * rate * clustered.get(kind, 1))
         assert abs(len(rows) - n * rate) < 5 * sd, kind
     products, events = (table.drop_duplicates().set_index(key) for table, key in ((shop.products, "item_id"), (shop.events, "event_id")))
     for kind, column in (("brand missing", "brand"), ("price missing", "price"), ("description missing", "description")):
@@ -123,12 +134,14 @@ def test_dirt_is_where_the_list_says(shop):
     assert (products.brand.loc[spelled.key].str.strip().str.casefold().to_numpy() == spelled.value.str.casefold().to_numpy()).all()
 
 
-def test_robots_click_everything(shop):
+def test_robots_click_everything_or_nothing(shop):
     robots = shop.truth.dirt.query("kind == 'robot'").key
-    events = shop.events.drop_duplicates("event_id")
+    events, clickers = shop.events.drop_duplicates("event_id"), 0
     for session in robots:
         kinds = events[events.session_id == session].kind.value_counts()
-        assert kinds["click"] >= 0.95 * kinds["impression"] and kinds["search"] >= 15
+        assert kinds["search"] >= 20 and (kinds.get("click", 0) == 0 or kinds["click"] >= 0.95 * kinds["impression"])
+        clickers += kinds.get("click", 0) > 0
+    assert 0 < clickers < len(robots)
 
 
 def test_same_seed_same_shop_and_other_seed_another(small):
@@ -151,7 +164,7 @@ def test_utility_is_a_probability_and_rows_are_independent(small):
 
 def test_nothing_is_wanted_before_its_launch(shop):
     truth = shop.truth
-    late = truth.items.listed_ts.to_numpy() > START + 5 * 86_400_000
+    late = truth.items.listed_ts.to_numpy() > START + 5 * DAY
     assert late.any()
     requests = truth.requests(20, seed=0, day=2)
     assert (truth.utility(requests)[:, late] == 0).all() and np.isneginf(truth.logging_scores(requests)[:, late]).all()
@@ -161,7 +174,7 @@ def test_nothing_is_wanted_before_its_launch(shop):
 def test_requests_do_not_collide(small):
     draws = [small.truth.requests(50, seed=seed, day=day) for seed in (0, 1) for day in (0, 1)]
     assert pd.concat(draws).request_id.is_unique
-    assert all(((d.ts - START) // 86_400_000 >= day).all() for d, day in zip(draws, (0, 1, 0, 1)))
+    assert all(((d.ts - START) // DAY == day).all() for d, day in zip(draws, (0, 1, 0, 1)))
     pd.testing.assert_frame_equal(draws[0], small.truth.requests(50, seed=0))
     assert len(small.truth.requests(0, seed=0)) == 0
 
@@ -173,6 +186,79 @@ def test_logged_propensities_are_exact(small):
     best = np.sort(np.argsort(-scores, axis=1)[:, :40], axis=1)
     place = np.array([[list(truth.item_ids[row]).index(item) for item in page] for row, page in zip(best, pages)])
     assert np.allclose(propensities, page_propensities(np.take_along_axis(scores, best, axis=1), place), atol=1e-8)
+
+
+def test_every_surface_is_answered_and_similar_ones_follow_clicks(small):
+    truth, asked = small.truth, small.truth.requests(150, seed=7, day=1, surface=None)
+    assert set(asked.surface) == {"search", "home"} and (asked["query"].isna() == (asked.surface == "home")).all()
+    first = truth.respond(asked, *truth.logging_pages(asked, seed=1), "old", seed=1)
+    assert set(first.loc[first.kind == "search", "surface"]) == {"search"}
+    more = truth.similar(first, seed=2, share=1.0)
+    clicks = first[first.kind == "click"]
+    assert 0 < len(more) <= len(clicks) and set(map(tuple, more[["session_id", "anchor"]].to_numpy())) <= set(map(tuple, clicks[["session_id", "item_id"]].to_numpy()))
+    pages, propensities = truth.logging_pages(more, seed=2)
+    second = truth.respond(more, pages, propensities, "old", seed=2)
+    assert (second.kind != "search").all() and (pages != more.anchor.to_numpy()[:, None]).all()
+    assert not set(second.event_id) & set(first.event_id) and not set(second.request_id) & set(first.request_id)
+    with pytest.raises(ValueError, match="Truth.similar"):
+        truth.requests(1, seed=0, surface="similar")
+    with pytest.raises(ValueError, match="surface 'shelf' is not known"):
+        truth.utility(asked.assign(surface="shelf"))
+
+
+def test_memory_is_of_the_days_before_and_depends_on_nothing_else(small):
+    """Utility follows from requests and purchases alone: in one go as day by day, whatever else was asked between."""
+    truth = dataclasses.replace(small.truth, purchases=None)
+    asked = pd.concat([truth.requests(40, seed=3, day=day) for day in range(4)], ignore_index=True)
+    who, what = asked.user_id.iloc[0], truth.items.item_id[truth.items.category == 0].iloc[0]
+    bought = pd.DataFrame({"kind": "purchase", "user_id": [who], "item_id": [what], "ts": [START + DAY + 5]})
+    after = truth.remember(bought)
+    mine = asked.assign(user_id=who)
+    changed = (truth.utility(mine) != after.utility(mine)).any(axis=1)
+    assert not changed[mine.ts < START + 2 * DAY].any() and changed[mine.ts >= START + 2 * DAY].any()
+    others = asked[asked.user_id != who]
+    assert (truth.utility(others) == after.utility(others)).all()
+    whole = after.utility(asked)
+    for day in range(4):
+        rows = ((asked.ts - START) // DAY == day).to_numpy()
+        assert np.array_equal(after.utility(asked[rows].reset_index(drop=True)), whole[rows])
+
+
+def test_shoppers_come_after_they_joined_and_prices_move_after_the_first_week(shop):
+    events = simulator._collect(dataclasses.replace(shop.truth, purchases=None), n_days=12, requests_per_day=60, progress=False)[0]
+    joined = shop.truth.users.set_index("user_id").joined_ts
+    known = events[events.user_id.notna()]
+    assert (joined[known.user_id].to_numpy() <= known.ts).all() and (joined > START).sum() > 30
+    paid = events[events.kind.isin(["click", "cart"])]
+    usual = shop.truth.items.set_index("item_id").price[paid.item_id].to_numpy()
+    first_week = (paid.ts < START + 7 * DAY).to_numpy()
+    assert (paid.price.to_numpy() == usual)[first_week].all() and (paid.price.to_numpy() != usual)[~first_week].mean() > 0.8
+
+
+def test_no_input_table_depends_on_the_truth(tmp_path, shop):
+    """The four tables are read, cleaned and described without the truth's folder, and nothing that is given away by order or id correlates with it."""
+    write_shop(shop, tmp_path / "shop")
+    whole = sources.load(str(tmp_path / "shop"))
+    for path in (tmp_path / "shop" / "truth").iterdir():
+        path.unlink()
+    (tmp_path / "shop" / "truth").rmdir()
+    without = sources.load(str(tmp_path / "shop"))
+    for name in tables.TABLES:
+        pd.testing.assert_frame_equal(getattr(whole, name), getattr(without, name))
+    for table, key, hidden in ((shop.truth.items, "item_id", ("quality", "promotion", "style")), (shop.truth.users, "user_id", ("budget", "activity", "style_0", "brand_0"))):
+        order = table[key].str.slice(1).astype(int)
+        assert all(abs(order.corr(table[name], method="spearman")) < 4 / np.sqrt(len(table)) for name in hidden)
+    inputs = {column for frame in shop.tables().values() for column in frame}
+    secrets = {column for name in ("items", "users", "queries") for column in getattr(shop.truth, name)} - inputs
+    assert {"quality", "promotion", "budget", "style_0", "guess"} <= secrets
+
+
+def test_other_laws_change_the_log_alone():
+    sizes = {"seed": 3, "n_items": 200, "n_users": 30, "n_days": 2, "requests_per_day": 20}
+    plain, other = simulate(**sizes), simulate(**sizes, settings=Settings(habit=3.0, eta=0.5, plan=0.1))
+    for name in ("products", "users", "judgements"):
+        pd.testing.assert_frame_equal(plain.tables()[name], other.tables()[name])
+    assert not plain.events.equals(other.events)
 
 
 def test_respond_repeats_itself_and_takes_any_page_length(small):

@@ -227,4 +227,6 @@ def rounds_of(
             draw = 1_000 * seed + number
             asked = truth.requests(n, seed=draw, day=first_day + number - 1)
             items, propensities = arm.fill(asked, draw, temperature=temperature)
-            arm.learn(truth.respond(asked, items, propensities, policy=f"{arm.name}-{number}", seed=draw))
+            answers = truth.respond(asked, items, propensities, policy=f"{arm.name}-{number}", seed=draw)
+            truth = truth.remember(answers)
+            arm.learn(answers)
