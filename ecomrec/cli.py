@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'about', 'about_data', 'main', 'run_experiment', 'show_runs', 'compare_runs', 'search_run',
-           'list_sources', 'fetch_sources']
+           'list_sources', 'fetch_sources', 'prepare_data']
 
 # %% ../nbs/02_cli.ipynb #00000003
 import os
@@ -45,12 +45,13 @@ def about() -> None:
 
 @data_app.callback()
 def about_data() -> None:
-    """The known data sets: which there are, and how to get them.
+    """Data: the known sets and how to get them, and from raw tables to features.
 
     \b
     Examples:
       ecomrec data list
       ecomrec data fetch chorus
+      ecomrec data prepare --input data/shop --output prepared
     """
 
 
@@ -259,3 +260,25 @@ def fetch_sources(
         sources.is_available(name)  # a name that is not known is refused before anything is downloaded
     for path in [path for name in names for path in sources.fetch(name)]:
         print(path)
+
+# %% ../nbs/02_cli.ipynb #c11d0002
+@data_app.command("prepare")
+def prepare_data(
+    source: Annotated[Path, typer.Option("--input", "-i", help="Folder with products.parquet and events.parquet, and perhaps users.parquet and judgements.parquet.")],
+    target: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; what an earlier run left there is replaced.")],
+    engine: Annotated[str, typer.Option("--engine", "-e", help="pandas holds everything in memory; duckdb uses the disk where it must.")] = "pandas",
+    plan: Annotated[Path | None, typer.Option("--plan", help="Rules of cleaning as JSON, such as an earlier run's plan.json.")] = None,
+) -> None:
+    """Clean the tables of a shop and compute the features of all that was shown, as of each request.
+
+    \b
+    Examples:
+      ecomrec data prepare --input data/shop --output prepared
+      ecomrec data prepare --engine duckdb --input data/shop --output prepared
+    """
+    from ecomrec.data.cleaning import PLAN, load_plan
+    from ecomrec.data.preparation import prepare
+
+    audit = prepare(source, target, engine, load_plan(plan) if plan else PLAN, progress=True)
+    print(_as_text(audit.table()[["rule", "rows_found", "rows_in", "rows_out", "cells_changed"]]), file=sys.stderr)
+    print(target.resolve())

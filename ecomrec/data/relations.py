@@ -16,6 +16,8 @@ import duckdb
 import narwhals as nw
 import pandas as pd
 
+from .sources import SourceError
+
 # %% ../../nbs/data/08_relations.ipynb #5e1a0008
 ENGINES = ("pandas", "duckdb")
 WHOLE = nw.Int64
@@ -46,19 +48,19 @@ def read(path: Path | str, engine: str) -> nw.DataFrame | nw.LazyFrame:
         path: The file.
         engine: A name in `ENGINES`.
     Raises:
-        ValueError: If the engine is not known, or the file cannot be read.
+        SourceError: If the engine is not known, or the file cannot be read.
     """
     if engine not in ENGINES:
-        raise ValueError(f"engine {engine!r} is not known; choose from {', '.join(ENGINES)}")
+        raise SourceError(f"engine {engine!r} is not known; choose from {', '.join(ENGINES)}")
     if not Path(path).is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise SourceError(f"{path}: there is no such file")
     try:
         if engine == "pandas":
             return nw.from_native(pd.read_parquet(path))
         duckdb.sql(f"SET temp_directory = '{tempfile.gettempdir()}/ecomrec-duckdb'; SET preserve_insertion_order = false")
         return nw.from_native(duckdb.read_parquet(str(path)))
     except (OSError, ValueError, duckdb.Error) as error:
-        raise ValueError(f"{path}: cannot be read as Parquet ({error})") from error
+        raise SourceError(f"{path}: cannot be read as Parquet ({error})") from error
 
 
 def settle(frame: nw.DataFrame | nw.LazyFrame) -> nw.DataFrame | nw.LazyFrame:
@@ -113,6 +115,7 @@ def known_before(
     time: str,
     sums: Sequence[str] = (),
     maxes: Sequence[str] = (),
+    floats: Sequence[str] = (),
 ) -> nw.DataFrame | nw.LazyFrame:
     """What a key's facts amount to strictly before each moment.
 
@@ -123,17 +126,17 @@ def known_before(
         time: Name of the time column, such as milliseconds or days.
         sums: Values to add up, 0 where there was no fact.
         maxes: Values of which the largest is wanted, 0 where there was no fact.
+        floats: Values to add up that are no whole numbers; the last digits of their sums differ between engines.
     Returns:
         A row a moment, in no order: the columns of `by`, the time, and the values.
     """
-    values = [*sums, *maxes]
-    both = nw.concat([
-        facts.select(*by, *values, order=nw.col(time) * 2 + 1),
-        moments.select(*by, *[nw.lit(0, WHOLE).alias(name) for name in values], order=nw.col(time) * 2),
-    ])
+    values = [*sums, *maxes, *floats]
+    nothing = [nw.lit(0, nw.Float64 if name in floats else WHOLE).alias(name) for name in values]
+    both = nw.concat([facts.select(*by, *values, order=nw.col(time) * 2 + 1), moments.select(*by, *nothing, order=nw.col(time) * 2)])
     order = {"order_by": "order"}
     if isinstance(both, nw.DataFrame):  # in memory one sorting serves all windows
         both, order = both.sort("order"), {}
-    window: Callable[[nw.Expr, str], nw.Expr] = lambda value, name: value.over(*by, **order).cast(WHOLE).alias(name)
-    so_far = [window(nw.col(name).cum_sum(), name) for name in sums] + [window(nw.col(name).cum_max(), name) for name in maxes]
+    window: Callable[[nw.Expr], nw.Expr] = lambda value: value.over(*by, **order)
+    so_far = [window(nw.col(name).cum_sum()).cast(WHOLE).alias(name) for name in sums]
+    so_far += [window(nw.col(name).cum_max()).alias(name) for name in maxes] + [window(nw.col(name).cum_sum()).alias(name) for name in floats]
     return both.with_columns(*so_far).filter(nw.col("order") % 2 == 0).select(*by, *values, **{time: nw.col("order") // 2})
