@@ -178,10 +178,18 @@ def _coded_requests(requests: _Frame, users: _Frame, people: _Frame, asks: _Fram
     here = nw.col("joined_ts").is_null() | (nw.col("joined_ts") <= nw.col("ts"))
     turn = {"hour": (nw.col("ts") % DAY) / DAY, "weekday": ((nw.col("ts") // DAY + 3) % 7) / 7, "season": (nw.col("ts") // DAY % 365.25) / 365.25}
     cycles = {f"{name}_{side}": rounded(getattr(part * (2 * math.pi), side)()) for name, part in turn.items() for side in ("sin", "cos")}
-    return settle(joined.select(
-        "request_id", "ts", nw.col("user", "asked").fill_null(-1).cast(WHOLE), day=nw.col("ts") // DAY, phone=flag(nw.col("device").is_in(["phone", "mobile"])),
+    return settle(joined.with_row_index("request", order_by="request_id").select(
+        "request_id", "ts", nw.col("request").cast(WHOLE), nw.col("user", "asked").fill_null(-1).cast(WHOLE), day=nw.col("ts") // DAY, phone=flag(nw.col("device").is_in(["phone", "mobile"])),
         **cycles, **{name: nw.when(here).then(nw.col(name)) for name in ("age", "gender", "region")},
     ))
+
+
+def _by_request(requests: _Frame, *known: tuple[list[str], _Frame]) -> _Frame:
+    """What was known of the shopper and of the query, a row a request."""
+    out = requests.select("request", "user", "asked", "ts", "day")
+    for on, table in known:
+        out = out.join(table, on=on, how="left")
+    return settle(out.drop("user", "asked", "ts", "day"))
 
 
 def _as_features(out: _Frame, kept: Sequence[str]) -> _Frame:
@@ -226,15 +234,19 @@ def feature_table(requests: _Frame, pairs: _Frame, events: _Frame, products: _Fr
     people = coded(nw.concat([events.filter(nw.col("kind").is_in(INTEREST)).select("user_id"), requests.select("user_id")]), "user_id", "user")
     asks = coded(nw.concat([events.filter(nw.col("kind") == "click").select("query"), requests.select("query")]), "query", "asked")
     requests = _coded_requests(requests, users, people, asks)
-    pairs = settle(pairs.join(requests.select("request_id", "user", "asked", "ts", "day"), on="request_id").join(items.select("item_id", "item", "category", "brand"), on="item_id"))
+    # from here to the end ids are numbers: long texts would be copied by every join
+    numbered = pairs.join(requests.select("request_id", "request", "user", "asked", "ts", "day"), on="request_id").join(items.select("item_id", "item", "category", "brand"), on="item_id")
+    pairs = settle(numbered.drop("request_id", "item_id"))
     on_items = events.filter(nw.col("kind") != "search").join(items.select("item_id", "item", "category", "brand"), on="item_id").with_columns(day=nw.col("ts") // DAY)
     acts = on_items.filter(nw.col("kind").is_in(INTEREST)).join(people, on="user_id", how="left").join(asks, on="query", how="left")
     acts = settle(acts.with_columns(nw.col("user", "asked").fill_null(-1).cast(WHOLE)))
     cells = _per_day(on_items, items)
+    known = _of_users(acts, cells, requests, pairs) | _of_queries(acts, requests, pairs)
+    of_request = requests.drop("user", "asked", "ts", "day").join(_by_request(requests, known.pop("user"), known.pop("query")), on="request")
     out = pairs.join(_of_items(cells, pairs.select("item", "category", "day").unique()), on=["item", "day"])
-    out = out.join(items.select("item", "item_gender", "listed_ts"), on="item").join(requests.select("request_id", *CONTEXT, "age", "gender", "region"), on="request_id")
-    for on, table in [*_of_users(acts, cells, requests, pairs).values(), *_of_queries(acts, requests, pairs).values()]:
+    for on, table in known.values():
         out = out.join(table, on=on, how="left")
+    out = out.join(items.select("item", "item_id", "item_gender", "listed_ts"), on="item").join(of_request, on="request")
     return _as_features(out, kept)
 
 # %% ../../nbs/data/10_features.ipynb #fea70007
