@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from ..data.behaviour import DAY, START
 from ..data.features import pair_features
 from ..data.pages import page_propensities, plackett_luce
 from ..data.simulator import Truth
@@ -221,12 +222,17 @@ def rounds_of(
         The round's number, from 1, and the learner as trained for it.
     """
     arm.train()
+    later = arm.events.head(0)
     for number in range(1, rounds + 1):
         yield number, arm
         if number < rounds:
             draw = 1_000 * seed + number
-            asked = truth.requests(n, seed=draw, day=first_day + number - 1)
+            day = first_day + number - 1
+            asked = truth.requests(n, seed=draw, day=day)
             items, propensities = arm.fill(asked, draw, temperature=temperature)
             answers = truth.respond(asked, items, propensities, policy=f"{arm.name}-{number}", seed=draw)
             truth = truth.remember(answers)
-            arm.learn(answers)
+            answers = pd.concat([later, answers], ignore_index=True)
+            known = answers["ts"] < START + (day + 1) * DAY  # returns and ratings come days later
+            later = answers[~known]
+            arm.learn(answers[known])
