@@ -307,7 +307,7 @@ def pair_features(
     })
     told = feature_table(*(table.reset_index(drop=True) for table in (asked, pairs, events, products, users))).sort_values("place")
     columns = {name: told[name] for name in PAIR_FEATURES if name in FEATURES} | {
-        "log_votes": np.log1p(told["votes"]), "new": told["days_on_sale"] <= 30, "seen": np.log1p(told["seen"]), "bought_before": np.log1p(told["bought_before"]),
+        "log_votes": np.log1p(told["votes"]), "new": told["days_on_sale"].fillna(np.inf) <= 30, "seen": np.log1p(told["seen"]), "bought_before": np.log1p(told["bought_before"]),
         "phone_level": told["price_level"] * told["phone"], "since_category": (1 / (1 + told["days_since_category"])).fillna(0.0),
     }
     columns = {name: np.asarray(columns[name], dtype=float).reshape(n, c) for name in PAIR_FEATURES} | (scores or {})
