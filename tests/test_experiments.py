@@ -14,6 +14,7 @@ from ecomrec.data import sources
 
 SMALL = {
     "closed_loop": {"requests_per_round": 300, "held_out_requests": 100, "rounds": 2},
+    "preparation": {"held_out_requests": 60, "engine": "duckdb"},
     "relevance": {"max_tokens": 16},
     "ablations": {"parts": ["negatives", "learning_rate"]},
 }
@@ -32,10 +33,14 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     assert metrics(again) == first
     for kept in ("run.json", "run.ipynb", "report.html", "per_query.parquet"):
         assert (folder / kept).is_file()
-    assert (folder / "engine/manifest.json").is_file() == (name != "ablations")
+    assert (folder / "engine/manifest.json").is_file() == (name not in ("ablations", "preparation"))
     if name == "closed_loop":
         assert first["random/ndcg@10"] < first["first_round/ndcg@10"] < first["corrected/ndcg@10"] < first["oracle/ndcg@10"] == 1
         assert first["oracle/regret"] == 0 < first["best_candidates/regret"] < first["random/regret"]
+    elif name == "preparation":
+        assert min(first[f"{kind}/{metric}"] for kind in ("duplicates", "clocks", "impossible_values", "unknown_keys", "robots") for metric in ("precision", "recall")) >= 0.99
+        assert first["model/price_error[gap=random]"] < first["median/price_error[gap=random]"] < first["constant/price_error[gap=random]"]
+        assert first["random/ndcg@10[gap=random]"] < first["drop/ndcg@10[gap=random]"] < first["complete/ndcg@10[gap=random]"] and first["trees/auc"] > 0.6
     elif name == "ablations":
         rows = ("base", "another_seed=1", "zero_shot", "negatives=mined", "negatives=unfiltered", "search=best")
         assert first["random/inner_ndcg@10"] < min(first[f"{row}/inner_ndcg@10"] for row in rows)
