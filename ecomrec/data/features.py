@@ -215,7 +215,9 @@ def feature_table(requests: _Frame, pairs: _Frame, events: _Frame, products: _Fr
 
     Item, category and query counters are as of the last midnight (UTC), as a shop refreshes them; what a shopper did counts to the millisecond.
 
-    Args: (tables of one engine: pandas, DuckDB relations, or narwhals frames of them)
+    All tables are of one engine: pandas, DuckDB relations, or narwhals frames of them; so is the result.
+
+    Args:
         requests: request_id, ts (milliseconds), user_id, query, device; a row a page.
         pairs: request_id, item_id, and whatever else, which is passed through; a row a page and item.
         events: The log; only what lies strictly before a request reaches its features.
