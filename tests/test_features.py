@@ -42,25 +42,32 @@ def told(events, products=PRODUCTS, requests=REQUESTS, pairs=PAIRS, wrap=lambda 
     return out.sort_values(["request_id", "item_id"], ignore_index=True)
 
 
-def travel_in_time(rows, later, price):
-    """Everything at or after the request is exchanged, the requests' own pages and later readings of products included."""
+def travel_in_time(rows, later, price, read):
+    """Everything at or after the request is exchanged, the requests' own pages and all readings of products of then or of nobody knows when."""
     past = log_of([row for row in rows if row[0] < 0])
     changed = log_of([row for row in rows if row[0] < 0] + [(abs(row[0]), *row[1:]) for row in later])
-    moved = PRODUCTS.assign(price=PRODUCTS["price"].where(PRODUCTS["item_id"] != "i3", price), rating=PRODUCTS["rating"].where(PRODUCTS["item_id"] != "i3", 5.0))
-    pd.testing.assert_frame_equal(told(past), told(changed, moved), check_exact=True)
+    before = PRODUCTS.assign(snapshot_ts=pd.array(read, dtype="Int64"))
+    unknown = (before["snapshot_ts"].isna() | (before["snapshot_ts"] >= NOW)).fillna(True).astype(bool)
+    other = {"price": price, "rating": 5.0, "n_ratings": 77}
+    after = before.assign(**{name: before[name].mask(unknown, value) for name, value in other.items()})
+    new = PRODUCTS.head(1).assign(item_id="new", snapshot_ts=NOW + 9, price=price)
+    pd.testing.assert_frame_equal(told(past, before), told(changed, pd.concat([after, new], ignore_index=True)), check_exact=True)
+
+
+READ = st.lists(st.sampled_from([0, NOW - 5 * HOUR - 1, NOW - 1, NOW, NOW + 30 * HOUR, None]), min_size=4, max_size=4)
 
 
 @settings(max_examples=50)
-@given(st.lists(ROW, max_size=30), st.lists(ROW, max_size=12), st.floats(1, 900))
-def test_nothing_at_or_after_a_request_reaches_it(rows, later, price):
-    travel_in_time(rows, later, price)
+@given(st.lists(ROW, max_size=30), st.lists(ROW, max_size=12), st.floats(1, 900), READ)
+def test_nothing_at_or_after_a_request_reaches_it(rows, later, price, read):
+    travel_in_time(rows, later, price, read)
 
 
 @pytest.mark.slow
 @settings(max_examples=500)
-@given(st.lists(ROW, max_size=60), st.lists(ROW, max_size=30), st.floats(1, 900))
-def test_nothing_at_or_after_a_request_reaches_it_in_500_logs(rows, later, price):
-    travel_in_time(rows, later, price)
+@given(st.lists(ROW, max_size=60), st.lists(ROW, max_size=30), st.floats(1, 900), READ)
+def test_nothing_at_or_after_a_request_reaches_it_in_500_logs(rows, later, price, read):
+    travel_in_time(rows, later, price, read)
 
 
 @settings(max_examples=20)
@@ -135,6 +142,27 @@ def test_pages_and_examples_of_a_log():
     pages, shown = requests_of(log), examples(log).sort_values("item_id")
     assert pages[["request_id", "ts", "user_id", "query"]].to_numpy().tolist() == [["p", NOW, "u0", "q"]]
     assert shown["clicked"].tolist() == shown["bought"].tolist() == [0, 1]
+
+
+def test_large_prices_stay_what_they_are_and_a_return_shows_none():
+    rows = [(-30 * HOUR, "u0", "i0", "impression", "other", "q", 30_000_000.0, None), (-29 * HOUR, "u0", "i1", "impression", "other", "q", 15.0, None), (-28 * HOUR, "u0", "i1", "return", "other", "q", 20.0, None)]
+    out = told(log_of(rows)).set_index(["request_id", "item_id"])["price"]["p0"]
+    assert out["i0"] == 30_000_000 and out["i1"] == 15
+
+
+def test_what_stands_twice_or_nowhere_is_named():
+    with pytest.raises(TableError, match="table products, column item_id: 1 rows repeat a key"):
+        told(log_of([]), pd.concat([PRODUCTS, PRODUCTS.head(1)]))
+    with pytest.raises(TableError, match="1 pairs name a request or an item"):
+        told(log_of([]), pairs=pd.concat([PAIRS, PAIRS.head(1).assign(item_id="nothing")]))
+
+
+def test_a_page_is_what_its_first_event_says():
+    rows = [(5, "u0", "i0", "impression", "p", None, 9.0, None), (0, "u0", None, "search", "p", "shoes", None, None), (6, None, "i1", "impression", "p", None, 9.0, None)]
+    log = log_of(rows).assign(session_id="s", device="phone", surface="search", position=1, propensity=0.5)
+    for table in (log, log.iloc[::-1], duckdb.from_df(log)):
+        page = to_pandas(nw.from_native(requests_of(table)))
+        assert page[["ts", "user_id", "query"]].to_numpy().tolist() == [[NOW, "u0", "shoes"]]
 
 
 def test_a_missing_column_is_named():

@@ -83,7 +83,8 @@ def test_odd_values_become_audited_changes_and_nothing_is_lost(tmp_path):
     assert found[[rule for rule in found.index if rule.startswith("drop events(ts")]].sum() == 2
     assert found[[rule for rule in found.index if rule.startswith("dedupe events")]].sum() == 2
     assert found[[rule for rule in found.index if "not_finite" in rule and "products" in rule]].sum() + found[[rule for rule in found.index if "not_positive" in rule and "products" in rule]].sum() == 3
-    assert len(out["events"]) == len(events) - 4 and len(out["products"]) == 8 and np.isfinite(out["products"]["price"]).all()
+    assert len(out["events"]) == len(events) - 4 and len(out["products"]) == 8
+    assert out["products"]["price"].isna().sum() == 4 and np.isfinite(out["products"]["price"].dropna()).all()
     assert out["products"]["title"].str.len().max() == 300_000 and out["products"]["title"].str.contains("👟").any()
     assert set(out["products"]["brand"]) == {"unknown"}
 
@@ -105,6 +106,29 @@ def test_what_cannot_be_mended_is_named_and_nothing_is_written(tmp_path, engine,
     with pytest.raises(TableError, match=message):
         prepare(source, tmp_path / "out", engine)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_numbers_that_are_not_whole_are_refused_where_whole_ones_belong(tmp_path, engine):
+    frames = raw()
+    frames["events"]["quantity"] = 1.5
+    with pytest.raises(TableError, match="column quantity"):
+        prepare(put(tmp_path / "raw", frames), tmp_path / "out", engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_later_reading_of_the_catalogue_does_not_change_an_earlier_page(tmp_path, engine):
+    """Through cleaning too: no rule of the default plan lets one product's later price into another's earlier features."""
+    made = []
+    for price in (11.0, 900.0):
+        frames = raw(8)
+        frames["products"]["snapshot_ts"] = [0] * 5 + [NOON + 9 * 86_400_000] * 3
+        frames["products"].loc[5:, "price"] = price
+        frames["products"].loc[0, "price"] = None
+        frames["events"] = frames["events"][frames["events"]["item_id"].isna() | (frames["events"]["item_id"] < "i5")].assign(price=None)
+        prepare(put(tmp_path / f"raw{price}", frames), tmp_path / f"out{price}", engine)
+        made.append(pd.read_parquet(tmp_path / f"out{price}" / "features.parquet"))
+    pd.testing.assert_frame_equal(*made)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecomrec.data.splits import LeakError, check_leaks, group_folds, leave_one_out, query_groups, time_cut
+from ecomrec.data.splits import LeakError, check_features, check_leaks, group_folds, leave_one_out, query_groups, time_cut
 
 few = settings(max_examples=max(1, settings().max_examples // 4))  # of what the profile says, for slow properties
 queries = st.lists(st.text(st.sampled_from(list("ab sS-'1é鞋跑 Ａ!")), min_size=1, max_size=8), min_size=1, max_size=25)
@@ -185,3 +185,33 @@ def test_gate_with_nothing_on_one_side_and_wrong_calls():
     for arguments, fault in [({"kind": "users"}, "kind is"), ({"cut": 3}, "only events have a cut"), ({"kind": "events"}, "train: column 'event_id'")]:
         with pytest.raises(ValueError, match=fault):
             check_leaks(table, table, **arguments)
+
+
+def _leaking(column):
+    """Features with one column more, made of something that nobody could know."""
+    def make(requests, pairs, events, products, users):
+        own = events[events["request_id"].isin(requests["request_id"])]
+        sums = {
+            "impressions": own[own["kind"] == "impression"].groupby("item_id")["price"].mean(), "returns": own[own["kind"] == "return"].groupby("item_id").size(),
+            "label": own[own["kind"] == "click"].groupby("item_id").size(), "future": events[events["kind"] == "click"].groupby("item_id").size(),
+            "price": products.set_index("item_id")["price"],
+        }
+        return pairs.assign(honest=1.0, leak=pairs["item_id"].map(sums[column]).fillna(0.0))
+    return make
+
+
+@pytest.mark.parametrize("column, kind", [
+    ("impressions", "its own page"), ("returns", "its own label"), ("label", "its own label"), ("future", "future event"), ("price", "later reading of a product"),
+])
+def test_the_gate_finds_what_a_feature_could_not_know(column, kind):
+    events = pd.DataFrame({
+        "event_id": list("abcdef"), "ts": [10, 20, 21, 22, 23, 90], "request_id": ["old", "page", "page", "page", "page", "new"], "kind": ["click", "search", "impression", "click", "return", "click"],
+        "item_id": ["x", None, "x", "x", "x", "x"], "price": [1.0, None, 2.0, 2.0, 2.0, 1.0],
+    })
+    products = pd.DataFrame({"item_id": ["x"], "price": [3.0], "rating": [4.0], "n_ratings": [5], "snapshot_ts": [None]})
+    requests = pd.DataFrame({"request_id": ["page"], "ts": [20]})
+    pairs = pd.DataFrame({"request_id": ["page"], "item_id": ["x"]})
+    with pytest.raises(LeakError) as caught:
+        check_features(_leaking(column), requests, pairs, events, products, None)
+    assert ("leak", "page") in caught.value.leaks[kind] and all(name == "leak" for cases in caught.value.leaks.values() for name, _ in cases)
+    check_features(lambda requests, pairs, *tables: pairs.assign(honest=1.0), requests, pairs, events, products, None)

@@ -25,7 +25,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from tqdm import tqdm
 
 from .artefacts import write_json
-from .relations import WHOLE, like, release, rounded, settle, to_pandas
+from .relations import WHOLE, length, like, release, rounded, settle, to_pandas
 from .sources import Tables
 from .tables import KEYS, check
 
@@ -62,11 +62,31 @@ _GONE, _NEW, _INTO = "_gone", "_new_", "_into"  # columns that an action adds: t
 
 # %% ../../nbs/data/09_cleaning.ipynb #0000000b
 def _dedupe(frame: _Frame, tables: Mapping[str, _Frame], rule: Rule) -> _Frame:
-    """Mark all but one of each set of rows that agree in the rule's columns: the one with the smallest key stays."""
-    # in memory the rows stand in the order of their key
-    order = {} if isinstance(frame, nw.DataFrame) else {"order_by": KEYS[rule.table]}
+    """Mark all but one of each set of rows that agree in the rule's columns: the one with the smallest key stays, and of equal keys the one that is first by its other columns."""
+    # in memory the rows stand in this order
+    order = {} if isinstance(frame, nw.DataFrame) else {"order_by": _order_of(frame, rule.table)}
     counted = frame.with_columns(nw.lit(1, WHOLE).alias("_one"))
     return counted.with_columns((nw.col("_one").cum_sum().over(*rule.columns, **order) > 1).alias(_GONE)).drop("_one")
+
+
+def _order_of(frame: _Frame, table: str) -> list[str]:
+    """Columns by which the order of rows is the same wherever they came from: the key, then all others."""
+    names = frame.collect_schema().names()
+    keys = [name for name in KEYS[table] if name in names]
+    return [*keys, *(name for name in names if name not in keys)]
+
+
+def _in_order(frame: _Frame, table: str) -> _Frame:
+    """A table in memory in this order; one of an engine as it is."""
+    if not isinstance(frame, nw.DataFrame):
+        return frame
+    order = _order_of(frame, table)
+    keys = [name for name in order if name in KEYS[table]]
+    if not keys:
+        return frame
+    again = frame.with_columns(nw.lit(1, WHOLE).alias("_one")).filter(nw.col("_one").sum().over(*keys) > 1).drop("_one")
+    conflict = len(again.unique()) > len(again.select(*keys).unique())  # copies that are no copies: the key does not tell which is first
+    return frame.sort(*(order if conflict else keys))
 
 
 ACTIONS: dict[str, Callable[..., _Frame]] = {"note": lambda frame, tables, rule: frame, "dedupe": _dedupe}
@@ -82,8 +102,7 @@ def apply_rule(table: pd.DataFrame, rule: Rule, tables: Mapping[str, pd.DataFram
     Returns:
         The rows that stay, sorted by key, with their new values.
     """
-    keys = [key for key in KEYS[rule.table] if key in table]
-    frame = nw.from_native((table.sort_values(keys, kind="stable") if keys else table).reset_index(drop=True))
+    frame = _in_order(nw.from_native(table.reset_index(drop=True)), rule.table)
     others = {name: nw.from_native(other) for name, other in (tables or {}).items()}
     return to_pandas(_carried_out(ACTIONS[rule.action](frame, others, rule), frame.columns)).reset_index(drop=True)
 
@@ -101,6 +120,14 @@ def _too_many(frame: _Frame, column: str, into: str, tables: Mapping[str, _Frame
     pages = frame.filter(~nw.col(column).is_null(), ~nw.col(of).is_null()).select(column, of, _window=nw.col("ts") // window)
     busy = pages.group_by(column, "_window").agg(nw.col(of).n_unique()).filter(nw.col(of) > limit)
     return _in(frame, column, into, busy.select(column).unique())
+
+
+def _steady(frame: _Frame, column: str, into: str, tables: Mapping[str, _Frame], of: str, limit: int, pace: int) -> _Frame:
+    """True for all rows of a key with more than `limit` values of a column, at a mean distance in time below `pace` milliseconds."""
+    pages = frame.filter(~nw.col(column).is_null(), ~nw.col(of).is_null()).select(column, of, "ts", _last=nw.col("ts"))
+    spans = pages.group_by(column).agg(nw.col(of).n_unique(), nw.col("ts").min(), nw.col("_last").max())
+    busy = spans.filter(nw.col(of) > limit, nw.col("_last") - nw.col("ts") < pace * (nw.col(of) - 1))
+    return _in(frame, column, into, busy.select(column))
 
 
 def _in(frame: _Frame, column: str, into: str, values: _Frame) -> _Frame:
@@ -152,7 +179,7 @@ CONDITIONS: dict[str, Callable[..., _Frame]] = {
     "not_positive": _simple(lambda value: value <= 0),
     "not_finite": _simple(lambda value: ~value.is_null() & ~value.cast(nw.Float64).is_finite()),
     "outside": _simple(lambda value, low, high: (value < low) | (value > high)),
-    "far": _far, "unknown": _unknown, "outlier": _outlier, "too_many": _too_many,
+    "far": _far, "unknown": _unknown, "outlier": _outlier, "too_many": _too_many, "steady": _steady,
 }
 
 
@@ -179,14 +206,10 @@ def _core(frame: _Frame, tables: Mapping[str, _Frame], rule: Rule) -> _Frame:
         sizes = [nw.col(f"_n_{column}").sum().over(column).alias(f"_n_{column}") for column in rule.columns]
         enough = [(nw.col(f"_n_{column}") >= rule.options["k"]) | nw.col(column).is_null() for column in rule.columns]
         after = settle(counted.with_columns(*sizes).filter(*enough).select(*left.collect_schema().names()))
-        if _length(after) == _length(left):
+        if length(after) == length(left):
             break
         left = after
     return _in(frame, key, _GONE, left.select(key).unique()).with_columns((~nw.col(_GONE)).alias(_GONE))
-
-
-def _length(frame: _Frame) -> int:
-    return int(to_pandas(frame.select(nw.len().alias("n"))).iloc[0, 0])
 
 
 def _blank(frame: _Frame, tables: Mapping[str, _Frame], rule: Rule) -> _Frame:
@@ -242,11 +265,11 @@ def _convert(frame: _Frame, tables: Mapping[str, _Frame], rule: Rule) -> _Frame:
 
 
 def _rescale(frame: _Frame, tables: Mapping[str, _Frame], rule: Rule) -> _Frame:
-    """Multiply positive values by `factor` where that makes an outlier of their group an ordinary one; both by `limit` robust standard deviations."""
+    """Multiply positive values by `factor` where that makes an outlier of their group, by `limit` robust standard deviations, an ordinary one, within two."""
     factor, limit = rule.options["factor"], rule.options["limit"]
     for column in rule.columns:
         frame = _spread(frame, column, rule.options["by"])
-        off = (nw.col("_off").abs() > limit * nw.col("_sd")) & ((nw.col("_off") + math.log(factor)).abs() <= limit * nw.col("_sd")) & (nw.col("_sd") > 0)
+        off = (nw.col("_off").abs() > limit * nw.col("_sd")) & ((nw.col("_off") + math.log(factor)).abs() <= 2 * nw.col("_sd")) & (nw.col("_sd") > 0)
         better = nw.when(off.fill_null(False)).then(rounded(nw.col(column).cast(nw.Float64) * factor)).otherwise(nw.col(column))
         frame = frame.with_columns(better.alias(_NEW + column)).drop("_off", "_sd")
     return frame
@@ -261,6 +284,8 @@ def _fill(frame: _Frame, tables: Mapping[str, _Frame], rule: Rule) -> _Frame:
         return frame.with_columns(*[nw.col(column).fill_null(rule.options["value"]).alias(_NEW + column) for column in rule.columns])
     if "using" in rule.options:
         key, rows = KEYS[rule.table][0], to_pandas(frame)
+        if rows[key].duplicated().any():
+            raise PlanError(f"rule '{rule}' needs one row for each {key}; dedupe first")
         guessed = pd.DataFrame({key: rows[key]} | {_NEW + column: _predicted(rows, column, rule.options["using"]) for column in rule.columns})
         return frame.join(like(guessed, frame), on=key, how="left")
     frame = frame.with_columns(nw.col(rule.options["by"]).fill_null("").alias("_group"))
@@ -325,15 +350,14 @@ def _first_alike(rows: pd.DataFrame, rule: Rule) -> np.ndarray:
     ways = ways.sort_values(["words", by, close, "row"], kind="stable").reset_index(drop=True)
     one, two = ways.iloc[:-1].reset_index(drop=True), ways.iloc[1:].reset_index(drop=True)
     alike = (one["words"] == two["words"]) & (one[by] == two[by]) & ~(one["less"] & two["less"])
-    alike &= ~((two[close] - one[close]).abs() > tolerance * one[close].abs())
-    one, two = one.loc[alike, "row"].to_numpy(), two.loc[alike, "row"].to_numpy()
-    for name in rule.options["same"]:
-        values = rows[name]
-        agree = (values.iloc[one].to_numpy() == values.iloc[two].to_numpy()) | values.iloc[one].isna().to_numpy() | values.iloc[two].isna().to_numpy()
-        one, two = one[agree], two[agree]
-    for name in rule.options["apart"]:
-        apart = rows[name].iloc[one].to_numpy() != rows[name].iloc[two].to_numpy()
-        one, two = one[apart], two[apart]
+    alike &= (two[close] - one[close]).abs() <= tolerance * one[close].abs()
+    one, two = (side.loc[alike, "row"].to_numpy(dtype="int64") for side in (one, two))
+    said = {name: (rows[name].fillna("").to_numpy(dtype=object), rows[name].notna().to_numpy()) for name in (*rule.options["same"], *rule.options["apart"])}
+    known = {name: there[one] & there[two] for name, (_, there) in said.items()}
+    equal = {name: value[one] == value[two] for name, (value, _) in said.items()}
+    fits = np.any([known[name] for name in rule.options["same"]], axis=0)
+    fits &= np.all([equal[name] | ~known[name] for name in rule.options["same"]], axis=0) & np.all([known[name] & ~equal[name] for name in rule.options["apart"]], axis=0)
+    one, two = one[fits], two[fits]
     _, part = connected_components(coo_matrix((np.ones(len(one)), (one, two)), shape=(len(rows), len(rows))), directed=False)
     return pd.Series(np.arange(len(rows))).groupby(part).transform("min").to_numpy()
 
@@ -343,7 +367,7 @@ ACTIONS["merge"] = _merge
 # %% ../../nbs/data/09_cleaning.ipynb #0000001a
 @dataclass(frozen=True, repr=False)
 class Audit:
-    """What a plan did, a line a rule: rule, why, rows_found (that it was about), rows_in, rows_out, cells_changed, examples."""
+    """What a plan did, a line a rule, and one for each table that follows a merged key: rule, why, rows_found (that it was about), rows_in, rows_out, cells_changed, examples."""
 
     lines: tuple[dict, ...]
 
@@ -404,14 +428,13 @@ PLAN: tuple[Rule, ...] = (
     Rule("convert", "products", ("price", "currency"), "prices in one currency", {"rates": {"EUR": 1.0, "CNY": 0.128205}}),
     Rule("rescale", "products", ("price",), "a price in cents", {"by": "category", "factor": 0.01, "limit": 5}),
     Rule("merge", "products", ("title",), "the same thing in other words", {"by": "category", "same": ["description", "attributes"], "close": {"price": 0.011}, "apart": ["parent_id"]}),
-    Rule("drop", "events", ("ts",), "a clock that was wrong", {"when": "far", "limit": 5 * _YEAR}),
+    Rule("drop", "events", ("ts",), "a clock that was wrong", {"when": "far", "limit": 9 * _YEAR}),
     Rule("drop", "events", ("item_id",), "not in the catalogue", {"when": "unknown", "known_in": "products"}),
     Rule("drop", "events", ("item_id",), "an action on nothing", {"when": "missing", "but_kind": "search"}),
     Rule("drop", "events", ("session_id",), "faster than a person", {"when": "too_many", "of": "request_id", "limit": 10, "window": 60_000}),
-    Rule("drop", "events", ("session_id",), "longer than a person", {"when": "too_many", "of": "request_id", "limit": 12, "window": 600_000}),
+    Rule("drop", "events", ("session_id",), "longer than a person", {"when": "steady", "of": "request_id", "limit": 15, "pace": 20_000}),
     Rule("blank", "users", ("age",), "nobody is that old", {"when": "outside", "low": 0, "high": 120}),
     Rule("blank", "events", ("price", "quantity"), "nothing is sold for nothing", {"when": "not_positive"}),
-    Rule("fill", "products", ("price",), "price unknown: the middle of its category", {"by": "category"}),
     Rule("fill", "products", ("brand",), "brand unknown", {"value": "unknown"}),
 )
 
@@ -446,9 +469,11 @@ def clean_frames(frames: Mapping[str, _Frame], plan: Sequence[Rule] = PLAN, prog
     Raises:
         PlanError: If a rule names an unknown action, condition or column.
     """
-    frames = {name: frame.sort(*KEYS[name]) if isinstance(frame, nw.DataFrame) else frame for name, frame in frames.items()}
+    frames = {name: _in_order(frame, name) for name, frame in frames.items()}
     columns, lines = {name: frame.collect_schema().names() for name, frame in frames.items()}, []
     for rule in tqdm(plan, desc="rules", disable=not progress, mininterval=2):
+        if rule.table not in KEYS:
+            raise PlanError(f"rule '{rule}' is about no table; known are {', '.join(KEYS)}")
         if rule.table not in frames:
             continue
         _check_rule(rule, columns[rule.table])
@@ -457,7 +482,7 @@ def clean_frames(frames: Mapping[str, _Frame], plan: Sequence[Rule] = PLAN, prog
         if rule.action != "note" and lines[-1]["rows_found"]:
             before, frames[rule.table] = frames[rule.table], settle(_carried_out(marked, columns[rule.table]))
             if rule.action == "merge":
-                _follow(frames, to_pandas(marked.filter(nw.col(_GONE)).select(KEYS[rule.table][0], _INTO)), rule.table)
+                lines += _follow(frames, to_pandas(marked.filter(nw.col(_GONE)).select(KEYS[rule.table][0], _INTO)), rule)
             release(before)
         release(marked)
     return {name: frame.sort(*KEYS[name]) for name, frame in frames.items()}, Audit(tuple(lines))
@@ -466,7 +491,12 @@ def clean_frames(frames: Mapping[str, _Frame], plan: Sequence[Rule] = PLAN, prog
 def _marked(rule: Rule, frames: Mapping[str, _Frame]) -> _Frame:
     """The rule's table with what the rule would do, and to which rows."""
     frame = frames[rule.table]
-    return settle(_where(frame, frames, rule)[0] if rule.action == "note" else ACTIONS[rule.action](frame, frames, rule))
+    try:
+        return settle(_where(frame, frames, rule)[0] if rule.action == "note" else ACTIONS[rule.action](frame, frames, rule))
+    except PlanError:
+        raise
+    except (KeyError, TypeError, nw.exceptions.NarwhalsError) as error:
+        raise PlanError(f"rule '{rule}' cannot be run: {type(error).__name__} {error}; see its action's options") from error
 
 
 def _check_rule(rule: Rule, columns: Sequence[str]) -> None:
@@ -476,17 +506,21 @@ def _check_rule(rule: Rule, columns: Sequence[str]) -> None:
         raise PlanError(f"rule '{rule}' cannot be run. Known {known}")
 
 
-def _follow(frames: dict[str, _Frame], moved: pd.DataFrame, table: str) -> None:
-    """Let the rows of the other tables follow keys that were merged into others; two judgements that become one are one."""
-    key = KEYS[table][0]
+def _follow(frames: dict[str, _Frame], moved: pd.DataFrame, merged: Rule) -> list[dict]:
+    """Let the rows of the other tables follow keys that were merged into others; two judgements that become one are one. The audit lines of it."""
+    key, lines = KEYS[merged.table][0], []
     for name, frame in frames.items():
         names = frame.collect_schema().names()
-        if name != table and key in names:
-            joined = frame.join(like(moved, frame), on=key, how="left")
-            frame = joined.with_columns(nw.coalesce(nw.col(_INTO), nw.col(key)).alias(key)).select(*names)
+        if name != merged.table and key in names:
+            rule = Rule("follow", name, (key,), merged.why)
+            marked = settle(frame.join(like(moved, frame), on=key, how="left").with_columns(nw.coalesce(nw.col(_INTO), nw.col(key)).alias(_NEW + key)).drop(_INTO))
+            lines.append(_line(rule, marked))
+            frames[name] = _in_order(settle(_carried_out(marked, names)), name)
             if key in KEYS[name]:
-                frame = _carried_out(_dedupe(frame, frames, Rule("dedupe", name, tuple(KEYS[name]), "")), names)
-            frames[name] = settle(frame)
+                again = settle(_dedupe(frames[name], frames, Rule("dedupe", name, tuple(KEYS[name]), merged.why)))
+                lines.append(_line(Rule("dedupe", name, tuple(KEYS[name]), merged.why), again))
+                frames[name] = settle(_carried_out(again, names))
+    return lines
 
 # %% ../../nbs/data/09_cleaning.ipynb #2b8e6c02
 def save_plan(plan: Sequence[Rule], path: Path | str) -> None:
@@ -523,7 +557,7 @@ _MEANT_FOR = {  # kind of dirt: the rules that are there for it, and what the si
     "impossible values": (lambda rule: rule.options.get("when") in ("not_positive", "outside"), ("price negative", "age is year of birth", "paid less than nothing")),
     "unknown keys": (lambda rule: rule.options.get("when") == "unknown", ("unknown item",)),
     "units and currencies": (lambda rule: rule.action in ("convert", "rescale"), ("price in cents", "price in yuan")),
-    "robots": (lambda rule: rule.options.get("when") == "too_many", ("robot",)),
+    "robots": (lambda rule: rule.options.get("when") in ("too_many", "steady"), ("robot",)),
 }
 
 

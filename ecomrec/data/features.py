@@ -19,7 +19,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from .relations import WHOLE, cents, coded, flag, known_before, rounded, settle, to_pandas
+from .relations import WHOLE, cents, coded, flag, known_before, length, rounded, settle, to_pandas
 from .tables import TableError
 
 # %% ../../nbs/data/10_features.ipynb #fea70001
@@ -29,7 +29,7 @@ INTEREST = ("click", "cart", "purchase")  # the kinds of event that show interes
 _VOTES, _STARS = 20.0, 4.0  # ordinary votes that every rating is shrunk by, and what they say where nothing is known
 _SHOWN, _CLICKED = 20.0, 5.0  # ordinary impressions and clicks that rates are shrunk by
 _HALF_LIFE = 7.0  # days after which an act of interest counts half
-_PACK = 2**31  # a price in cents fits below it, a time in seconds above
+_PACK = 2**36  # a price in cents fits below it, a time in minutes above
 
 CONTEXT = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "season_sin", "season_cos", "phone")
 USER = ("age", "gender", "region", "interest", "orders", "spent", "days_since_interest", "days_since_order", "usual_level")
@@ -45,10 +45,11 @@ _ACTS = ("shown", "clicked", "liked", "bought", "votes", "stars")
 def _per_day(on_items: _Frame, items: _Frame) -> _Frame:
     """What happened to each item on each day, and what its catalogue entry said on the day it was read; (item, category, day) and counts.
 
-    Stars are in tenths, `seen` holds the last price that anybody saw: seconds and cents in one number, so that the largest is the last.
+    Stars are in tenths, `seen` holds the last price that anybody saw: minutes and cents in one number, so that the largest is the last (of one minute, the dearest).
+    A product of which nobody knows when it was read says nothing about any day.
     """
     kind = nw.col("kind")
-    seen = nw.when(cents("price") > 0).then(nw.col("ts") // 1000 * _PACK + cents("price")).otherwise(0)
+    seen = nw.when((cents("price") > 0) & kind.is_in(["impression", *INTEREST])).then(_seen(nw.col("ts"))).otherwise(0)  # a return names the price of its order
     acts = on_items.select(
         "item", "category", "day", shown=flag(kind == "impression"), clicked=flag(kind == "click"), liked=flag(kind.is_in(INTEREST)),
         bought=flag(kind == "purchase"), votes=flag(kind == "rating"), stars=(nw.col("stars") * 10 + 0.5).floor().fill_null(0).cast(WHOLE), seen=seen,
@@ -56,9 +57,9 @@ def _per_day(on_items: _Frame, items: _Frame) -> _Frame:
     daily = acts.group_by("item", "category", "day").agg(nw.col(*_ACTS).sum(), nw.col("seen").max())
     daily = daily.with_columns(nw.col(*_ACTS).cast(WHOLE), listed=nw.lit(0, WHOLE), list_cents=nw.lit(0, WHOLE))
     votes = nw.col("n_ratings").fill_null(0).cast(WHOLE)
-    read = items.select(
-        "item", "category", day=nw.col("snapshot_ts").fill_null(0).cast(WHOLE) // DAY, votes=votes, stars=(nw.col("rating").fill_null(0) * 10 + 0.5).floor().cast(WHOLE) * votes,
-        seen=nw.when(cents("price") > 0).then(nw.col("snapshot_ts").fill_null(0).cast(WHOLE) // 1000 * _PACK + cents("price")).otherwise(0), listed=flag(cents("price") > 0), list_cents=cents("price"),
+    read = items.filter(~nw.col("snapshot_ts").is_null()).select(
+        "item", "category", day=nw.col("snapshot_ts").cast(WHOLE) // DAY, votes=votes, stars=(nw.col("rating").fill_null(0) * 10 + 0.5).floor().cast(WHOLE) * votes,
+        seen=nw.when(cents("price") > 0).then(_seen(nw.col("snapshot_ts").cast(WHOLE))).otherwise(0), listed=flag(cents("price") > 0), list_cents=cents("price"),
     )
     # ratings of the log from before the catalogue was read are among those that the catalogue counts
     already = known_before(daily, read.select("item", "day"), ["item"], "day", ["votes", "stars"]).rename({"votes": "counted", "stars": "counted_stars"})
@@ -70,6 +71,12 @@ def _per_day(on_items: _Frame, items: _Frame) -> _Frame:
     return settle(nw.concat([daily.select(*columns), read.select(*columns)]))
 
 # %% ../../nbs/data/10_features.ipynb #fea70003
+def _seen(ts: nw.Expr) -> nw.Expr:
+    """A time and the price of then in one number; prices beyond what fits are cut to it."""
+    price = nw.when(cents("price") < _PACK).then(cents("price")).otherwise(_PACK - 1)
+    return ts // 60_000 * _PACK + price
+
+
 def _of_items(cells: _Frame, asked: _Frame) -> _Frame:
     """What was known of each item and its category at the start of each day; asked holds (item, category, day)."""
     first = to_pandas(cells.filter(nw.col("liked") > 0).select(nw.col("day").min())).iloc[0, 0]
@@ -173,7 +180,7 @@ def _coded_items(products: _Frame) -> _Frame:
 
 def _coded_requests(requests: _Frame, users: _Frame, people: _Frame, asks: _Frame) -> _Frame:
     """Requests with shopper and query as numbers (-1 for nobody and nothing), who it is, and when."""
-    known = users.select("user_id", "age", "gender", "region", "joined_ts").unique("user_id")
+    known = users.select("user_id", "age", "gender", "region", "joined_ts")
     joined = requests.join(known, on="user_id", how="left").join(people, on="user_id", how="left").join(asks, on="query", how="left")
     here = nw.col("joined_ts").is_null() | (nw.col("joined_ts") <= nw.col("ts"))
     turn = {"hour": (nw.col("ts") % DAY) / DAY, "weekday": ((nw.col("ts") // DAY + 3) % 7) / 7, "season": (nw.col("ts") // DAY % 365.25) / 365.25}
@@ -221,24 +228,32 @@ def feature_table(requests: _Frame, pairs: _Frame, events: _Frame, products: _Fr
         requests: request_id, ts (milliseconds), user_id, query, device; a row a page.
         pairs: request_id, item_id, and whatever else, which is passed through; a row a page and item.
         events: The log; only what lies strictly before a request reaches its features.
-        products: The products table; what was read on or after the request's day is not known yet.
+        products: The products table, each item once; what was read on or after the request's day is not known yet, and without a
+            `snapshot_ts` its price, rating and votes never are (0 says: they always were so).
         users: The users table.
     Returns:
         The pairs with the columns of `FEATURES`, in no order: whole numbers, ratios rounded to six decimals, days, currency units;
         null where there is nothing to say, such as the days since an order that never was.
     Raises:
-        TableError: If a column is missing.
+        TableError: If a column is missing, a request, product or user stands twice, or a pair names one that is not there.
     Source: time as in the notebook: counters by running sums, strictly before.
     """
     requests, events, products, users = (_complete(name, frame) for name, frame in (("requests", requests), ("events", events), ("products", products), ("users", users)))
     kept = pairs.collect_schema().names()
+    for name, frame, key in (("requests", requests, "request_id"), ("products", products, "item_id"), ("users", users, "user_id")):
+        rows, keys = length(frame), length(frame.select(key).unique())
+        if keys < rows:
+            raise TableError(f"{rows - keys} rows repeat a key that stands in another; clean the table first", name, key)
     items = _coded_items(products)
     people = coded(nw.concat([events.filter(nw.col("kind").is_in(INTEREST)).select("user_id"), requests.select("user_id")]), "user_id", "user")
     asks = coded(nw.concat([events.filter(nw.col("kind") == "click").select("query"), requests.select("query")]), "query", "asked")
     requests = _coded_requests(requests, users, people, asks)
     # from here to the end ids are numbers: long texts would be copied by every join
     numbered = pairs.join(requests.select("request_id", "request", "user", "asked", "ts", "day"), on="request_id").join(items.select("item_id", "item", "category", "brand"), on="item_id")
-    pairs = settle(numbered.drop("request_id", "item_id"))
+    named, pairs = pairs, settle(numbered.drop("request_id", "item_id"))
+    lost = length(named) - length(pairs)
+    if lost:
+        raise TableError(f"{lost} pairs name a request or an item that is in no table; clean the log first", "pairs")
     on_items = events.filter(nw.col("kind") != "search").join(items.select("item_id", "item", "category", "brand"), on="item_id").with_columns(day=nw.col("ts") // DAY)
     acts = on_items.filter(nw.col("kind").is_in(INTEREST)).join(people, on="user_id", how="left").join(asks, on="query", how="left")
     acts = settle(acts.with_columns(nw.col("user", "asked").fill_null(-1).cast(WHOLE)))
@@ -254,17 +269,17 @@ def feature_table(requests: _Frame, pairs: _Frame, events: _Frame, products: _Fr
 # %% ../../nbs/data/10_features.ipynb #fea70007
 @nw.narwhalify
 def requests_of(events: _Frame) -> _Frame:
-    """The pages of a log: request_id, ts (of the first event of each), user_id, session_id, query, device, surface."""
-    pages = events.filter(~nw.col("request_id").is_null())
-    begin = pages.group_by("request_id").agg(nw.col("ts").min())
-    return pages.select("request_id", "user_id", "session_id", "query", "device", "surface").unique("request_id", keep="any").join(begin, on="request_id")
+    """The pages of a log as their first event tells them: request_id, ts, user_id, session_id, query, device, surface."""
+    pages = events.filter(~nw.col("request_id").is_null()).select("request_id", "ts", "event_id", "user_id", "session_id", "query", "device", "surface")
+    return pages.unique("request_id", keep="first", order_by=["ts", "event_id"]).drop("event_id")
 
 
 @nw.narwhalify
 def examples(events: _Frame) -> _Frame:
     """What was shown, and what came of it: request_id, item_id, position, propensity, clicked and bought (0 or 1); a row a page and item."""
     kind, key = nw.col("kind"), ["request_id", "item_id"]
-    shown = events.filter(kind == "impression", ~nw.col("request_id").is_null()).select(*key, "position", "propensity").unique(key, keep="any")
+    shown = events.filter(kind == "impression", ~nw.col("request_id").is_null()).select(*key, "position", "propensity", "event_id")
+    shown = shown.unique(key, keep="first", order_by=["position", "event_id"]).drop("event_id")
     done = events.filter(kind.is_in(["click", "purchase"])).select(*key, clicked=flag(kind == "click"), bought=flag(kind == "purchase"))
     done = done.group_by(*key).agg(nw.col("clicked", "bought").max())
     return shown.join(done, on=key, how="left").with_columns(nw.col("clicked", "bought").fill_null(0).cast(WHOLE))

@@ -15,7 +15,7 @@ import narwhals as nw
 from .artefacts import write_json, writing
 from .cleaning import PLAN, Audit, Rule, clean_frames
 from .features import examples, feature_table, requests_of
-from .relations import WHOLE, forget, like, read, settle, to_pandas, write
+from .relations import WHOLE, forget, length, like, read, settle, to_pandas, write
 from .tables import CONTRACTS, KEYS, TABLES, TableError, check, empty
 
 # %% ../../nbs/data/11_preparation.ipynb #9e9a0006
@@ -46,6 +46,8 @@ def admit(table: str, frame: _Frame, where: str = "") -> _Frame:
         fits = types[name].is_numeric() if wanted in (nw.Float64, WHOLE) else types[name] == wanted
         if not fits and types[name] != nw.Unknown:  # a column without any value has no type
             raise TableError(f"{types[name]} is not of kind {column.kind}; the engine pandas converts what it can", table, name, None, where)
+        if wanted == WHOLE and types[name].is_float():
+            _complain(table, name, "numbers that are not whole", frame.filter(nw.col(name).is_finite(), nw.col(name) != nw.col(name).floor()), where)
         value = nw.col(name).cast(wanted)
         columns.append(nw.when(~value.is_nan()).then(value).alias(name) if wanted == nw.Float64 else value)
     frame = frame.select(*columns)
@@ -56,7 +58,7 @@ def admit(table: str, frame: _Frame, where: str = "") -> _Frame:
 
 def _complain(table: str, column: str, what: str, wrong: _Frame, where: str) -> None:
     """Complain if there are such rows, with one of them."""
-    n = int(to_pandas(wrong.select(nw.len().alias("n"))).iloc[0, 0])
+    n = length(wrong)
     if n:
         row = to_pandas(wrong.sort(*KEYS[table]).head(1)).iloc[0]
         value = row[column].item() if hasattr(row[column], "item") else row[column]

@@ -684,7 +684,7 @@ def respond(
 
 # %% ../../nbs/data/05_simulator.ipynb #0000002e
 def _sated_today(truth: Truth, requests: pd.DataFrame, what: np.ndarray, purchase: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The purchases without most of those for which the same shopper had bought of the same category on the same day."""
+    """The purchases without most of those for which the same shopper had bought of the same category on the same day, as far as these requests tell."""
     rows, places = np.nonzero(purchase)
     bought = pd.DataFrame({"user": requests["user_id"].to_numpy()[rows], "day": _day(requests)[rows], "kind": truth.facts().items.category[what[rows, places]]})
     early = np.lexsort((places, requests["ts"].to_numpy()[rows]))

@@ -207,12 +207,13 @@ def check_leaks(train: pd.DataFrame, test: pd.DataFrame, kind: str = "judgements
 def _worlds(events: pd.DataFrame, products: pd.DataFrame, request_id: str, ts: int) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """Events and products as they might have been, had things gone another way from a request on."""
     later, own = events["ts"] >= ts, events["request_id"] == request_id
-    read_later = products["snapshot_ts"].fillna(0) >= ts
+    read_later = products["snapshot_ts"].isna() | (products["snapshot_ts"] >= ts).fillna(False)
     other = {"price": products["price"] * 2, "rating": 5 - products["rating"], "n_ratings": products["n_ratings"] + 100}
     said = products.assign(**{name: products[name].mask(read_later, values) for name, values in other.items()})
     return {
         "future event": (events[~later | own], products),
-        "its own label": (events[~(own & events["kind"].isin(["click", "cart", "purchase", "rating"]))], products),
+        "its own page": (events[~own], products),
+        "its own label": (events[~(own & ~events["kind"].isin(["search", "impression"]))], products),
         "later reading of a product": (events, said),
     }
 
@@ -236,7 +237,7 @@ def check_features(
         events: The log.
         products: The products table, with snapshot_ts.
         users: The users table.
-        n: Pages to try, of those on which something was clicked if there are enough; each costs four times the features of one page.
+        n: Pages to try, of those on which something was clicked if there are enough; each costs five times the features of one page.
         seed: Of their choice.
     Raises:
         LeakError: With the columns that moved, and a page for each.

@@ -35,11 +35,17 @@ WHOLE = 4  # millions of events that are simulated at most; more are copies with
 DAY = features.DAY
 
 
-def make_log(folder: Path, millions: int) -> tuple[int, float]:
-    """Clean tables of about so many million events; how many there are, and the seconds of simulating."""
+def peak_gb() -> float:
+    """The most memory that this process has held; ru_maxrss would count the process that started it."""
+    return round(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e6, 3)
+
+
+def make_log(folder: Path, millions: int) -> None:
+    """Write clean tables of about so many million events; print how many there are, and what simulating them took, as JSON."""
     few, began = min(millions, WHOLE), time.perf_counter()
     shop = simulate(seed=0, n_users=2000 * few, n_days=30, requests_per_day=2650 * few)
-    seconds = time.perf_counter() - began
+    seconds, peak = time.perf_counter() - began, peak_gb()
+    simulated = len(shop.events)
     tables, _ = clean(Tables("simulated", **shop.tables()))
     folder.mkdir(parents=True)
     tables.products.to_parquet(folder / "products.parquet", index=False)
@@ -48,7 +54,7 @@ def make_log(folder: Path, millions: int) -> tuple[int, float]:
         table = getattr(tables, name)
         parts = [table.assign(**{column: table[column] + f"-{copy}" for column in ids}) for copy in range(max(1, millions // WHOLE))]
         pd.concat(parts, ignore_index=True).to_parquet(folder / f"{name}.parquet", index=False)
-    return len(tables.events) * max(1, millions // WHOLE), seconds
+    print(json.dumps({"events": len(tables.events) * max(1, millions // WHOLE), "simulated": simulated, "seconds": round(seconds, 2), "peak_gb": peak}))
 
 
 def by_engine(folder: Path, engine: str, target: Path) -> None:
@@ -107,10 +113,10 @@ def by_hand(folder: Path, target: Path) -> None:
     for name, kinds in {"shown": ["impression"], "clicked": ["click"], "liked": ["click", "cart", "purchase"], "bought": ["purchase"], "votes": ["rating"]}.items():
         acts[name] = acts["kind"].isin(kinds).astype("int64")
     acts["tenths"] = np.floor(acts["stars"].fillna(0) * 10 + 0.5).astype("int64")
-    acts["seen"] = np.where(acts["cents"] > 0, acts["ts"] // 1000 * 2**31 + acts["cents"], 0)
+    acts["seen"] = np.where((acts["cents"] > 0) & acts["kind"].isin(["impression", "click", "cart", "purchase"]), acts["ts"] // 60_000 * 2**36 + acts["cents"], 0)
     daily = acts.groupby(["item", "day"], as_index=False).agg({name: "sum" for name in counts} | {"seen": "max"})
     read = pd.DataFrame({"item": products["item"], "day": products["snapshot_ts"].fillna(0) // DAY, "votes": products["n_ratings"].fillna(0).astype("int64"), "listed": (products["cents"] > 0).astype("int64"),
-                         "list_cents": products["cents"], "seen": np.where(products["cents"] > 0, products["snapshot_ts"].fillna(0) // 1000 * 2**31 + products["cents"], 0)})
+                         "list_cents": products["cents"], "seen": np.where(products["cents"] > 0, products["snapshot_ts"].fillna(0) // 60_000 * 2**36 + products["cents"], 0)})
     read["tenths"] = np.floor(products["rating"].fillna(0) * 10 + 0.5).astype("int64") * read["votes"]
     read = read.astype("int64")
     already = before(daily, read[["item", "day"]], "item", "day", ["votes", "tenths"]).set_index("item").loc[read["item"]]
@@ -139,7 +145,7 @@ def by_hand(folder: Path, target: Path) -> None:
         return rounded(np.log(np.where(known, price, 1.0) / np.where(known, mean, 1.0)))
 
     of_item = of_item.merge(ordinary(asked), on=["category", "day"])
-    price = (of_item["seen"].astype("int64") % 2**31).astype(float)
+    price = (of_item["seen"].astype("int64") % 2**36).astype(float)
     fades = np.exp((of_item["day"] - first) * fade)
     table = table.merge(pd.DataFrame({
         "item": of_item["item"], "day": of_item["day"], "price": rounded(price / 100), "price_level": level(price.to_numpy(), of_item["mean_cents"].to_numpy()),
@@ -206,8 +212,7 @@ def one_cell(folder: Path, engine: str, target: Path) -> None:
     began = time.perf_counter()
     by_hand(folder, target) if engine == "by hand" else by_engine(folder, engine, target)
     seconds = time.perf_counter() - began
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())  # ru_maxrss would count the process that started this one
-    print(json.dumps({"seconds": round(seconds, 3), "peak_gb": round(int(peak[1]) / 1e6, 3)}))
+    print(json.dumps({"seconds": round(seconds, 3), "peak_gb": peak_gb()}))
 
 
 def differing(one: Path, two: Path) -> dict[str, int]:
@@ -226,22 +231,27 @@ def differing(one: Path, two: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 4, 16], help="sizes in million events")
+    parser.add_argument("--make", nargs=2, metavar=("FOLDER", "MILLIONS"), help=argparse.SUPPRESS)
     parser.add_argument("--cell", nargs=3, metavar=("FOLDER", "ENGINE", "TARGET"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.make:
+        return make_log(Path(arguments.make[0]), int(arguments.make[1]))
     if arguments.cell:
         folder, engine, target = arguments.cell
         return one_cell(Path(folder), engine, Path(target))
     cells, simulated = [], []
+    asked = lambda *words: json.loads(subprocess.run([sys.executable, __file__, *map(str, words)], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     with tempfile.TemporaryDirectory(prefix="ecomrec-bench-") as place:
         for millions in arguments.millions:
             folder = Path(place, "log")
-            events, seconds = make_log(folder, millions)
+            made = asked("--make", folder, millions)
+            events = made["events"]
             if millions <= WHOLE:
-                simulated.append({"events": events, "seconds": round(seconds, 2)})
+                simulated.append({"events": made["simulated"], "seconds": made["seconds"], "peak_gb": made["peak_gb"]})
+                print("simulated:", simulated[-1], file=sys.stderr)
             engines = ENGINES if millions <= WHOLE else ("duckdb",)  # in memory, 16 million need more than a laptop has
             for engine in engines:
-                command = [sys.executable, __file__, "--cell", str(folder), engine, f"{place}/{engine}.parquet"]
-                said = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+                said = asked("--cell", folder, engine, f"{place}/{engine}.parquet")
                 cells.append({"engine": engine, "events": events, **said, "events_per_second": round(events / said["seconds"])})
                 print(cells[-1], file=sys.stderr)
             if millions == min(arguments.millions):
