@@ -101,10 +101,22 @@ def apply_rule(table: pd.DataFrame, rule: Rule, tables: Mapping[str, pd.DataFram
         tables: Others that it looks at, by name.
     Returns:
         The rows that stay, sorted by key, with their new values.
+    Raises:
+        PlanError: If the rule cannot be run.
     """
-    frame = _in_order(nw.from_native(table.reset_index(drop=True)), rule.table)
-    others = {name: nw.from_native(other) for name, other in (tables or {}).items()}
-    return to_pandas(_carried_out(ACTIONS[rule.action](frame, others, rule), frame.columns)).reset_index(drop=True)
+    frames = {name: _in_order(nw.from_native(other.reset_index(drop=True)), name) for name, other in {**(tables or {}), rule.table: table}.items()}
+    return to_pandas(_carried_out(_marked(rule, frames), frames[rule.table].columns)).reset_index(drop=True)
+
+
+def _marked(rule: Rule, frames: Mapping[str, _Frame]) -> _Frame:
+    """The rule's table with what the rule would do, and to which rows."""
+    frame = frames[rule.table]
+    try:
+        return settle(_where(frame, frames, rule)[0] if rule.action == "note" else ACTIONS[rule.action](frame, frames, rule))
+    except PlanError:
+        raise
+    except (KeyError, TypeError, nw.exceptions.NarwhalsError) as error:
+        raise PlanError(f"rule '{rule}' cannot be run: {type(error).__name__} {error}; see its action's options") from error
 
 
 def _carried_out(marked: _Frame, columns: Sequence[str]) -> _Frame:
@@ -486,17 +498,6 @@ def clean_frames(frames: Mapping[str, _Frame], plan: Sequence[Rule] = PLAN, prog
             release(before)
         release(marked)
     return {name: frame.sort(*KEYS[name]) for name, frame in frames.items()}, Audit(tuple(lines))
-
-
-def _marked(rule: Rule, frames: Mapping[str, _Frame]) -> _Frame:
-    """The rule's table with what the rule would do, and to which rows."""
-    frame = frames[rule.table]
-    try:
-        return settle(_where(frame, frames, rule)[0] if rule.action == "note" else ACTIONS[rule.action](frame, frames, rule))
-    except PlanError:
-        raise
-    except (KeyError, TypeError, nw.exceptions.NarwhalsError) as error:
-        raise PlanError(f"rule '{rule}' cannot be run: {type(error).__name__} {error}; see its action's options") from error
 
 
 def _check_rule(rule: Rule, columns: Sequence[str]) -> None:
