@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from datetime import UTC, datetime
 from numbers import Integral, Real
 from pathlib import Path
@@ -40,6 +40,7 @@ import yaml
 from filelock import FileLock, Timeout
 from joblib import Parallel, delayed
 from joblib.externals.loky import get_reusable_executor
+from scipy.sparse import csr_array
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -87,7 +88,7 @@ def _restore(folder: Path) -> object:
 
 # %% ../nbs/01_lab.ipynb #2fbac905
 def content_hash(*parts: object) -> str:
-    """SHA-256 over tables, arrays, and anything else whose `repr` says all of it, in order.
+    """SHA-256 over tables, arrays, dataclasses of these, and anything else whose `repr` says all of it, in order.
 
     Args:
         parts: What a result depends on; an absolute path of a folder stands for the files in it.
@@ -101,7 +102,12 @@ def content_hash(*parts: object) -> str:
             total.update(repr((type(part).__name__, names, part.shape)).encode())
             total.update(pd.util.hash_pandas_object(part).to_numpy().tobytes())
         elif isinstance(part, np.ndarray):
-            total.update(repr((part.shape, part.dtype.str)).encode() + np.ascontiguousarray(part).tobytes())
+            values = pd.util.hash_array(part.ravel(), categorize=False) if part.dtype == object else np.ascontiguousarray(part)
+            total.update(repr((part.shape, part.dtype.str)).encode() + values.tobytes())
+        elif isinstance(part, csr_array):
+            total.update(content_hash(part.shape, part.data, part.indices, part.indptr).encode())
+        elif is_dataclass(part) and not isinstance(part, type):
+            total.update(content_hash(type(part).__name__, *(getattr(part, field.name) for field in fields(part))).encode())
         elif isinstance(part, str) and os.path.isabs(part) and os.path.isdir(part):  # a checkpoint: what is in it counts
             files = sorted(path for path in Path(part).rglob("*") if path.is_file())
             total.update(repr([(path.relative_to(part).as_posix(), sha256(path)) for path in files]).encode())

@@ -40,6 +40,7 @@ class Source:
         marker: The file by which a folder of this format is known; the judgements stand in it, if there are any.
         base: Address that the files are relative to.
         files: SHA-256 by path.
+        folder: Its folder in the cache; the set's name if left out.
     """
 
     what: str
@@ -48,6 +49,7 @@ class Source:
     marker: str
     base: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+    folder: str = ""
 
 
 _RAW = "https://raw.githubusercontent.com"
@@ -118,6 +120,15 @@ SOURCES: dict[str, Source] = {
         "75,000 lines of a grocer's receipts, a random sample: baskets are incomplete", "CC0",
         "https://github.com/bradleyboehmke/completejourney", "transactions_sample.rda", _JOURNEY, _JOURNEY_FILES,
     ),
+    "beauty": Source(
+        "Amazon Beauty 5-core: 22,363 users, 12,101 items, 198,502 events as lines `user item item ...`, see data.sequences",
+        "Amazon reviews 2014: research use", "https://github.com/RUCAIBox/CIKM2020-S3Rec", "Beauty.txt",
+        f"{_RAW}/RUCAIBox/CIKM2020-S3Rec/2a81540ae18615d88ef88227b0c066e5b74781e5/data/",
+        {
+            "Beauty.txt": "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
+            "Beauty_item2attributes.json": "129e40f67486f6877eff0f5318cfa8530ee8ac23d8b0d1de04e1bb7a2ba0b2d4",
+        }, "s3rec",
+    ),
     "wands": Source(
         "Wayfair, 42,994 products, 480 queries, 233,448 judgements (not pinned: fetch it yourself)", "MIT",
         "https://github.com/wayfair/WANDS (folder dataset)", "label.csv",
@@ -147,7 +158,7 @@ def folder(source: str) -> Path:
     """The folder that a source is read from: of a known set, or the path itself."""
     if source == "shop":
         return home() / "data" / "shop"
-    return data_home() / source if source in SOURCES else Path(source)
+    return data_home() / (SOURCES[source].folder or source) if source in SOURCES else Path(source)
 
 
 def fetch(name: str, base: str | None = None) -> list[Path]:
