@@ -364,6 +364,8 @@ def cut_in_time(whole: Sequences, valid_ts: int, test_ts: int) -> Split:
     """
     if whole.ts is None:
         raise SequenceError("these histories have no times; use leave_last_out")
+    if not len(whole.ts):
+        raise SequenceError("these histories are empty")
     if not whole.ts.min() < valid_ts < test_ts <= whole.ts.max():
         raise SequenceError(f"valid_ts {valid_ts} and test_ts {test_ts} must lie in this order within the log, {whole.ts.min()} to {whole.ts.max()}")
     return Split(whole.keep(whole.ts < valid_ts), _first_after(whole, valid_ts, test_ts), _first_after(whole, test_ts, whole.ts.max() + 1))

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -287,13 +288,15 @@ class Shopper(nn.Module):
             x = block(x, mask)
         return x
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+    def loss(self, batch: dict[str, Tensor], precision: str = "auto") -> tuple[Tensor, int]:
         """Mean loss in nats of the targets of packed rows, over all items that were taken in training, and their number."""
         vectors, asked = self.items(), batch["target"] >= 0
+        if not bool(asked.any()):
+            return vectors.sum() * 0, 0
         z, chosen, seen = self.encode(batch, vectors)[asked].float(), batch["target"][asked], self.items.seen
         if not bool(seen.all()):
             vectors, chosen = vectors[seen], (seen.cumsum(0) - 1)[chosen]
-        return catalogue_loss(z, vectors.float(), chosen), len(chosen)
+        return catalogue_loss(z, vectors.float(), chosen, precision=precision), len(chosen)
 
     @torch.inference_mode()
     def vectors(self, asked: Questions) -> Tensor:
@@ -487,7 +490,8 @@ def train_shopper(
         return rank_metrics(ranks, split.valid, ks=(10,))["ndcg@10"].mean()
 
     asks = len(split.valid.target) > 0
-    log = train(model, batches, Shopper.loss, validate if asks else None, schedule, folder, progress)
+    loss_of = partial(Shopper.loss, precision=schedule.precision)
+    log = train(model, batches, loss_of, validate if asks else None, schedule, folder, progress)
     return model, log
 
 

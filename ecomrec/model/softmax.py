@@ -22,17 +22,16 @@ class _CatalogueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shoppers: Tensor, items: Tensor, chosen: Tensor, weight: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
         half_shoppers, half_items = shoppers.detach().to(dtype), items.detach().to(dtype)
-        to_shoppers, to_items = torch.empty_like(shoppers), torch.zeros_like(items)
-        loss = shoppers.new_zeros(())
-        for rows in torch.arange(len(chosen), device=chosen.device).split(chunk):
+        to_shoppers, to_items, loss = torch.empty_like(shoppers), torch.zeros_like(items), shoppers.new_zeros(())
+        for start in range(0, len(chosen), chunk):
+            rows = slice(start, start + chunk)
             piece, own, share = half_shoppers[rows], chosen[rows, None], weight[rows, None]
             gradient = torch.softmax(piece @ half_items.T, dim=1)
             log_p = gradient.gather(1, own).to(loss.dtype).clamp_min(torch.finfo(dtype).tiny).log()
             loss -= (share * log_p).sum()
             gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1.0))
-            gradient *= share.to(dtype)
-            to_shoppers[rows] = (gradient @ half_items).to(to_shoppers.dtype)
-            to_items += gradient.T @ piece
+            torch.mul(gradient @ half_items, share, out=to_shoppers[rows])
+            to_items += gradient.T @ (piece * share).to(dtype)  # the weights act on the small side
         ctx.save_for_backward(to_shoppers, to_items)
         return loss
 

@@ -41,7 +41,8 @@ class Schedule:
         clip: Longest gradient, all parameters together; None cuts nothing.
         accumulate: Batches whose gradients make one step.
         patience: Epochs without a better validation after which it stops.
-        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a GPU that has it. The softmax over the catalogue decides for itself.
+        precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a GPU that has it. A softmax over the catalogue is told the same, and
+            takes "auto" as bfloat16 on a processor that has it, too.
         seed: Of dropout; batches have their own.
         save_every: Seconds between two checkpoints within an epoch; there is one after each epoch in any case.
     Raises:

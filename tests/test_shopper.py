@@ -1,0 +1,138 @@
+"""The shopper: packing loses and mixes nothing; new items and new users have a place; saved is loaded."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
+from test_sequences import whole_of
+
+from ecomrec.data.artefacts import ArtefactError
+from ecomrec.data.sequences import Questions, Split, leave_last_out
+from ecomrec.model.baselines import rank_metrics, target_ranks
+from ecomrec.model.shopper import Shopper, ShopperConfig, config_of, gap_code, pack, pieces_of, tokens_of, train_shopper
+from ecomrec.model.training import Schedule
+
+for_any = settings(deadline=None, max_examples=40)
+histories = st.lists(st.lists(st.integers(0, 9), max_size=12), min_size=1, max_size=6)
+PLAIN = ShopperConfig(n_items=10, dim=8)
+
+
+@given(histories, st.integers(2, 7))
+@for_any
+def test_every_target_is_taught_once_whatever_the_length_of_a_row(lists, length):
+    stream = tokens_of(whole_of(lists), None, PLAIN)
+    pieces = pieces_of(stream, length, to_last=False)
+    token, slot, piece, from_end = pack(pieces, length)
+    assert len(set(slot)) == len(slot) and len(set(token)) == len(token)
+    assert sorted(stream["target"].to_numpy()[token][stream["target"].to_numpy()[token] >= 0]) == sorted(item for history in lists for item in history[1:])
+    for number in range(len(pieces)):
+        places = slot[piece == number]
+        assert (np.diff(places) == 1).all() and places[0] // length == places[-1] // length
+        assert from_end[piece == number].tolist() == list(range(len(places) - 1, -1, -1))
+    last = pieces_of(stream, length, to_last=True)
+    assert len(last) == sum(bool(history) for history in lists) and (last["size"] == [min(len(h), length) for h in lists if h]).all()
+
+
+@given(histories, st.integers(0, 99))
+@for_any
+def test_scores_do_not_depend_on_who_else_asks(lists, seed):
+    whole = whole_of(lists)
+    torch.manual_seed(seed)
+    model = Shopper(replace(PLAIN, length=6)).eval()
+    asked = Questions(whole, np.zeros(0, int), np.zeros(0, int))
+    together = model.scores(asked)
+    alone = np.concatenate([model.scores(asked.take(np.array([row]))) for row in range(len(lists))])
+    assert np.allclose(together, alone, atol=1e-5)
+    assert np.allclose(together, model.scores(replace(asked, history=whole.last(6))), atol=1e-5)
+
+
+@given(histories, st.integers(0, 99))
+@for_any
+def test_a_later_event_changes_no_earlier_prediction(lists, seed):
+    whole = whole_of(lists, times=True, seed=seed)
+    config = replace(PLAIN, times=True, start=True)
+    one = tokens_of(whole, None, config)
+    dropped = whole.keep(whole.from_end > 0)
+    other = tokens_of(dropped, None, config)
+    for row, history in enumerate(lists):
+        if len(history) > 1:
+            assert one[one["user"] == row]["target"].tolist()[: len(history) - 1] == other[other["user"] == row]["target"].tolist()[: len(history) - 1]
+
+
+def test_ten_thousand_events_one_event_and_none():
+    lists = [np.arange(10_000) % 10, [3], []]
+    whole = whole_of([list(map(int, history)) for history in lists])
+    split = Split(whole, Questions(whole, np.zeros(0, int), np.zeros(0, int)), Questions(whole, np.array([0, 1, 2]), np.array([0, 4, 5])))
+    model, log = train_shopper(split, config_of(whole, dim=8, start=True), Schedule(epochs=2), masked=False, progress=False)
+    scores = model.scores(split.test)
+    assert np.isfinite(scores).all() and log["loss"].iloc[-1] < np.log(10) and log["valid"].isna().all()
+    with pytest.raises(ValueError, match="nothing to learn from, no history of 1 has two events"):
+        train_shopper(replace(split, train=whole.take([1])), config_of(whole, dim=8), progress=False)
+
+
+def test_it_learns_who_follows_whom_and_counts_cannot_be_fooled_by_shuffled_targets():
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, 10, 300)
+    lists = [[int(s + step) % 10 for step in range(6)] for s in starts]  # after i comes i + 1
+    split = leave_last_out(whole_of(lists))
+    model, _ = train_shopper(split, config_of(split.train, dim=16, dropout=0.1), Schedule(epochs=15, average=0.9, learning_rate=0.01, patience=15), rows_per_batch=2, progress=False)
+    assert rank_metrics(target_ranks(model.scores, split.test, True), split.test, (1,))["recall@1"].mean() > 0.95
+    shuffled = replace(split.test, target=rng.permutation(split.test.target))
+    assert rank_metrics(target_ranks(model.scores, shuffled, False), shuffled, (1,))["recall@1"].mean() < 0.25
+
+
+def test_queries_contexts_and_profiles_are_read():
+    """The item is decided by the query in half of the requests, by the profile in the others."""
+    rng = np.random.default_rng(0)
+    n, per = 300, 4
+    likes, query = rng.integers(0, 5, n), rng.integers(-1, 5, n * per)
+    items = np.where(query >= 0, query, np.repeat(likes, per) + 5)
+    whole = replace(
+        whole_of(items.reshape(n, per).tolist()), query=query, query_vectors=np.eye(5, dtype=np.float32),
+        profile=np.eye(5, dtype=np.float32)[likes], context=rng.normal(size=(n * per, 2)).astype(np.float32),
+    )
+    split = leave_last_out(whole)
+    model, _ = train_shopper(split, config_of(split.train, dim=16, dropout=0.1), Schedule(epochs=15, average=0.9, learning_rate=0.01, patience=15), masked=False, rows_per_batch=4, progress=False)
+    assert rank_metrics(target_ranks(model.scores, split.test, False), split.test, (1,))["recall@1"].mean() > 0.95
+    strangers = replace(split.test, history=split.test.history.keep(np.zeros(len(split.test.history.items), bool)))
+    assert rank_metrics(target_ranks(model.scores, strangers, False), strangers, (1,))["recall@1"].mean() > 0.95, "new users, from the first moment"
+
+
+def test_a_new_item_stands_where_its_attributes_say():
+    rng = np.random.default_rng(0)
+    lists = [[int(i) for i in rng.choice(np.arange(4) + 5 * side, 4)] for side in rng.integers(0, 2, 300)]  # 4 and 9 are never taken
+    attributes = csr_array(np.repeat(np.eye(2, dtype=np.float32), 5, axis=0))
+    split = leave_last_out(replace(whole_of(lists), attributes=attributes))
+    model, _ = train_shopper(split, config_of(split.train, dim=16, dropout=0.1), Schedule(epochs=8, average=0.9, learning_rate=0.01), masked=False, rows_per_batch=4, progress=False)
+    scores = model.scores(split.test)
+    side = split.test.target >= 5
+    assert (scores[side, 9] > scores[side, 4]).mean() > 0.95 and (scores[~side, 4] > scores[~side, 9]).mean() > 0.95
+    assert torch.allclose(model.items.described(attributes[[9]]), model.items()[9:10], atol=1e-6)
+    ids, _ = train_shopper(split, config_of(split.train, n_attributes=0, dim=16), Schedule(epochs=1), masked=False, progress=False)
+    assert (ids.scores(split.test)[:, [4, 9]] < ids.scores(split.test)[:, :4].min()).all(), "of which nothing is known comes last"
+
+
+def test_saved_is_loaded_and_damage_is_seen(tmp_path):
+    attributes = csr_array(np.eye(10, 3, dtype=np.float32))
+    text = np.random.default_rng(0).normal(size=(10, 4)).astype(np.float32)
+    config = ShopperConfig(n_items=10, n_attributes=3, text=4, dim=8)
+    model = Shopper(config, attributes, text, np.arange(10) < 8).eval()
+    model.save_pretrained(tmp_path / "m")
+    again = Shopper.from_pretrained(tmp_path / "m")
+    asked = leave_last_out(whole_of([[1, 2, 3, 4]])).test
+    assert np.array_equal(model.scores(asked), again.scores(asked)) and again.config == config
+    file = tmp_path / "m" / "config.json"
+    file.write_text(file.read_text().replace("0.5", "0.4"))
+    with pytest.raises(ArtefactError, match="config.json"):
+        Shopper.from_pretrained(tmp_path / "m")
+
+
+@given(st.lists(st.integers(0, 2**50), min_size=2, max_size=9))
+@for_any
+def test_longer_gaps_have_no_smaller_codes(gaps):
+    codes = gap_code(np.sort(np.array(gaps)))
+    assert (np.diff(codes) >= 0).all() and codes.min() >= 0 and codes.max() < 64
