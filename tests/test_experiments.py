@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ecomrec.data import sources
 SMALL = {
     "closed_loop": {"requests_per_round": 300, "held_out_requests": 100, "rounds": 2},
     "preparation": {"held_out_requests": 60, "engine": "duckdb"},
+    "next_item": {"epochs": 2},
     "relevance": {"max_tokens": 16},
     "ablations": {"parts": ["negatives", "learning_rate"]},
 }
@@ -31,9 +33,10 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     first = metrics(folder)
     again = lab.run(name, SMALL[name], file=file, root=tmp_path / "again", progress=False)  # far from what the first one cached
     assert metrics(again) == first
-    for kept in ("run.json", "run.ipynb", "report.html", "per_query.parquet"):
+    unit = "user" if name == "next_item" else "query"
+    for kept in ("run.json", "run.ipynb", "report.html", f"per_{unit}.parquet"):
         assert (folder / kept).is_file()
-    assert (folder / "engine/manifest.json").is_file() == (name not in ("ablations", "preparation"))
+    assert (folder / "engine/manifest.json").is_file() == (name in ("closed_loop", "relevance"))
     if name == "closed_loop":
         assert first["random/ndcg@10"] < first["first_round/ndcg@10"] < first["corrected/ndcg@10"] < first["oracle/ndcg@10"] == 1
         assert first["oracle/regret"] == 0 < first["best_candidates/regret"] < first["random/regret"]
@@ -41,6 +44,11 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
         assert min(first[f"{kind}/{metric}"] for kind in ("duplicates", "clocks", "impossible_values", "unknown_keys", "robots") for metric in ("precision", "recall")) >= 0.99
         assert first["model/price_error[gap=random]"] < first["median/price_error[gap=random]"] < first["constant/price_error[gap=random]"]
         assert first["random/ndcg@10[gap=random]"] < first["drop/ndcg@10[gap=random]"] < first["complete/ndcg@10[gap=random]"] and first["trees/auc"] > 0.6
+    elif name == "next_item":
+        systems = ("popularity", "item_knn", "ease", "als", "co_occurrence", "ids", "attributes", "mixture")
+        assert {f"{system}/{metric}@{k}" for system in systems for metric in ("recall", "ndcg") for k in (5, 10, 20)} <= set(first)
+        assert 0 < first["random/ndcg@10"] < 0.1 and {"attributes/ndcg@10[order=shuffled]", "refitted/ndcg@10", "mixture/ndcg@10[cold=0]"} <= set(first)
+        assert all(0 <= first[f"{system}/ndcg@10"] <= first[f"{system}/recall@20"] <= 1 for system in systems)
     elif name == "ablations":
         rows = ("base", "another_seed=1", "zero_shot", "negatives=mined", "negatives=unfiltered", "search=best")
         assert first["random/inner_ndcg@10"] < min(first[f"{row}/inner_ndcg@10"] for row in rows)
@@ -72,6 +80,20 @@ def test_equal_grades_are_measured_without_trees(tmp_path):
     found = metrics(folder)
     assert found["hybrid/judged_ndcg@10"] == pytest.approx(1) == found["random/judged_ndcg@10"] and "ltr/judged_ndcg@10" not in found
     assert "trees have nothing to learn" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_messy_file_of_ones_own_is_asked_about(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [f"user-{row} " + " ".join(f"item/{item}" for item in rng.integers(0, 30, 6)) for row in range(60)]
+    lines += ["", "one item/3", "nobody", "long " + " ".join(f"item/{place % 30}" for place in range(10_000))]
+    (tmp_path / "log.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps({f"item/{i}": [f"brand {i % 4}"] for i in range(20)} | {"never seen": ["x"]}))
+    small = {"source": str(tmp_path / "log.txt"), "attributes": str(tmp_path / "a.json"), "epochs": 1, "dim_ids": 8, "dim_attributes": 8, "seeds": [0]}
+    found = metrics(lab.run("next_item", small, root=tmp_path / "runs", progress=False))
+    assert 0 < found["attributes/recall@20"] <= 1 and found["random/ndcg@10"] > 0.05
+    (tmp_path / "log.txt").write_text("user-1 a b c\nuser-1 d\n")
+    with pytest.raises(lab.NotebookError, match="line 2: user 'user-1' has a line already, 1"):
+        lab.run("next_item", small | {"attributes": ""}, root=tmp_path / "runs", progress=False)
 
 
 @pytest.fixture
