@@ -51,6 +51,11 @@ def test_chance_is_what_a_random_order_earns(masked):
     assert abs(np.mean(drawn) - chance(asked, masked, k=3)) < 0.01
 
 
+def test_chance_where_the_page_is_longer_than_the_shop():
+    asked = leave_last_out(LOG).test
+    assert chance(asked, masked=False, k=50) == pytest.approx(np.mean(1 / np.log2(np.arange(2, 12))))
+
+
 def test_item_to_item_weights_by_definition():
     lists = [LOG.history(row).tolist() for row in range(len(LOG))]
     directed = CoOccurrence(gap_decay=0.5, norm=1.0).fit(LOG).weights.toarray()

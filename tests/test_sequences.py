@@ -105,10 +105,28 @@ def test_a_log_becomes_histories_in_the_order_of_time():
     })
     assert from_events(events).items.tolist() == [1, 2, 0] and from_events(events).kind is None
     both = from_events(events, kinds=("click", "purchase"))
-    assert both.item_ids[both.items].tolist() == ["q", "p", "r", "p"] and both.kind.tolist() == [1, 0, 1, 1]
+    assert both.item_ids[both.items].tolist() == ["q", "p", "r", "p"] and both.kind.tolist() == [4, 2, 4, 4]
     products = pd.DataFrame({"item_id": ["p", "p"]})
     with pytest.raises(SequenceError, match="item 'p' stands twice"):
         from_events(events, products)
+
+
+def test_equal_times_are_no_leak_and_unknown_sessions_are_not_one():
+    tied = whole_of([list(range(10)) + [1, 2]], times=True)
+    object.__setattr__(tied, "ts", np.zeros(12, np.int64))
+    leave_last_out(tied).check()
+    events = pd.DataFrame({
+        "event_id": list("abcd"), "ts": [1, 11, 12, 13], "user_id": ["u"] * 4, "session_id": ["s", None, None, None], "kind": ["purchase"] * 4, "item_id": list("pqrs"),
+    })
+    assert cut_in_time(from_events(events), 11, 12).test.target.tolist() == [2]
+
+
+def test_another_users_history_is_never_the_own():
+    whole = whole_of([[row] for row in range(10)])
+    for seed in range(20):
+        assert (reordered(whole, "other", seed).items != whole.items).all()
+    with pytest.raises(SequenceError, match="needs two users"):
+        reordered(whole.take([0]), "other")
 
 
 @given(histories, st.integers(0, 99))

@@ -52,7 +52,7 @@ def test_scores_do_not_depend_on_who_else_asks(lists, seed):
 
 @given(histories, st.integers(0, 99))
 @for_any
-def test_a_later_event_changes_no_earlier_prediction(lists, seed):
+def test_a_later_event_changes_no_earlier_target(lists, seed):
     whole = whole_of(lists, times=True, seed=seed)
     config = replace(PLAIN, times=True, start=True)
     one = tokens_of(whole, None, config)
@@ -114,6 +114,31 @@ def test_a_new_item_stands_where_its_attributes_say():
     assert torch.allclose(model.items.described(attributes[[9]]), model.items()[9:10], atol=1e-6)
     ids, _ = train_shopper(split, config_of(split.train, n_attributes=0, dim=16), Schedule(epochs=1), masked=False, progress=False)
     assert (ids.scores(split.test)[:, [4, 9]] < ids.scores(split.test)[:, :4].min()).all(), "of which nothing is known comes last"
+
+
+def test_an_item_without_any_attribute_that_nobody_took_comes_last_too():
+    attributes = csr_array(np.array([[1, 0]] * 5 + [[0, 1]] * 4 + [[0, 0]], np.float32))
+    torch.manual_seed(0)
+    model = Shopper(ShopperConfig(n_items=10, n_attributes=2, dim=8), attributes, seen=np.arange(10) < 9)
+    asked = leave_last_out(whole_of([[1, 2, 3, 4]])).test
+    scores = model.scores(asked)
+    assert scores[0, 9] < scores[0, :9].min()
+
+
+def test_a_kind_that_training_lacked_is_no_error():
+    whole = replace(whole_of([[1, 2, 3, 4]] * 20), kind=np.tile([1, 1, 1, 4], 20))
+    split = leave_last_out(whole)
+    model, _ = train_shopper(split, config_of(split.train, dim=8), Schedule(epochs=1), progress=False)
+    assert np.isfinite(model.scores(replace(split.test, history=whole))).all()
+
+
+def test_a_long_history_does_not_push_out_the_profile():
+    whole = replace(whole_of([[1, 2] * 40]), profile=np.zeros((1, 2), np.float32))
+    torch.manual_seed(0)
+    model = Shopper(ShopperConfig(n_items=10, profile=2, dim=8))
+    asked = Questions(whole, np.zeros(1, int), np.zeros(1, int))
+    other = replace(asked, history=replace(whole, profile=np.ones((1, 2), np.float32)))
+    assert not np.allclose(model.scores(asked), model.scores(other))
 
 
 def test_saved_is_loaded_and_damage_is_seen(tmp_path):

@@ -34,7 +34,7 @@ def test_it_is_the_plain_loss_with_its_gradients(positions, items, dim, chunk, s
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(found, expected))
 
 
-@given(st.integers(1, 300), st.integers(2, 3000), seeds)
+@given(st.integers(32, 300), st.integers(50, 3000), seeds)
 @settings(deadline=None, max_examples=15)
 def test_half_the_bits_stay_within_the_stated_bounds(positions, items, seed):
     shoppers, vectors, chosen, _ = drawn(seed, positions, items, 32, torch.float32)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,33 @@ def test_more_epochs_go_on_where_fewer_ended(tmp_path):
     more, again = train_shopper(split, config, Schedule(epochs=4, patience=4), folder=tmp_path / "run", progress=False)
     assert log.drop(columns="seconds").equals(again.drop(columns="seconds"))
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), more.state_dict().values()))
+
+
+def test_another_model_or_other_data_in_the_same_folder_is_refused(tmp_path):
+    split = small()
+    config = config_of(split.train, dim=8)
+    train_shopper(split, config, Schedule(epochs=1), folder=tmp_path / "run", progress=False)
+    other_data = replace(split, train=split.train.keep(split.train.items != 3))
+    for changed, options in [((split, replace(config, dropout=0.1)), {}), ((split, replace(config, heads=1)), {}), ((other_data, config), {}), ((split, config), {"masked": False})]:
+        with pytest.raises(TrainingError, match="holds a training of other data"):
+            train_shopper(*changed, Schedule(epochs=1), folder=tmp_path / "run", progress=False, **options)
+    with pytest.raises(TrainingError, match="other data"):
+        text = np.ones((10, 3), np.float32)
+        train_shopper(split, replace(config, text=3), Schedule(epochs=1), folder=tmp_path / "run", text=text, progress=False)
+
+
+def test_more_patience_goes_on_and_fewer_epochs_than_done_are_refused(tmp_path):
+    x, y, fall = torch.randn(8, 2), torch.tensor([0, 1] * 4), iter([0.3, 0.2, 0.4, 0.1, 0.1])
+
+    def go(**settings):
+        torch.manual_seed(0)
+        loss_of = lambda m, b: (nn.functional.cross_entropy(m(b["x"]), b["y"]), 8)
+        return train(nn.Linear(2, 2), lambda epoch: [{"x": x, "y": y}], loss_of, lambda m: next(fall), Schedule(**settings), tmp_path / "run", progress=False)
+
+    assert len(go(epochs=9, patience=1)) == 2
+    assert go(epochs=9, patience=2)["valid"].tolist() == [0.3, 0.2, 0.4, 0.1, 0.1]
+    with pytest.raises(TrainingError, match="has 5 epochs already, more than the 2"):
+        go(epochs=2, patience=2)
 
 
 def test_patience_ends_it_and_the_best_is_kept():

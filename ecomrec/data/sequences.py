@@ -19,6 +19,7 @@ from scipy.sparse import csr_array
 from . import sources
 from .cleaning import clean
 from .splits import check_leaks
+from .tables import KINDS
 
 # %% ../../nbs/data/13_sequences.ipynb #00000006
 class SequenceError(ValueError):
@@ -127,7 +128,7 @@ class Sequences:
         """One row an event: event_id, ts (the place in the history where there are no times), user_id, item_id."""
         place = np.arange(len(self.items)) - np.repeat(self.starts[:-1], self.lengths)
         users, items = self.user_ids[self.user], self.item_ids[self.items]
-        ids = [f"{user}/{spot}" for user, spot in zip(users, place)]
+        ids = [f"{user}/{spot:09d}" for user, spot in zip(users, place)]  # in the order of time as text, too
         return pd.DataFrame({"event_id": ids, "ts": place if self.ts is None else self.ts, "user_id": users, "item_id": items})
 
 # %% ../../nbs/data/13_sequences.ipynb #0000000a
@@ -146,7 +147,7 @@ def read_lines(path: Path | str, attributes: Path | str | None = None) -> Sequen
     """
     path = Path(path)
     try:
-        lines = [(number, line.split()) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+        lines = [(number, line.split()) for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)]
     except (OSError, UnicodeDecodeError) as error:
         raise SequenceError(f"{path}: cannot be read as text with lines `user item item ...` ({error})") from error
     lines = [(number, words) for number, words in lines if words]
@@ -164,7 +165,7 @@ def read_lines(path: Path | str, attributes: Path | str | None = None) -> Sequen
     return Sequences(codes.astype(np.int64), starts, np.array([words[0] for _, words in lines], dtype=object), item_ids, attributes=known)
 
 
-def _read_attributes(path: Path, item_ids: np.ndarray) -> csr_array:
+def _read_attributes(path: Path, item_ids: np.ndarray) -> csr_array | None:
     """The JSON as a table of items by attributes."""
     try:
         of_item = json.loads(path.read_text(encoding="utf-8"))
@@ -177,7 +178,8 @@ def _read_attributes(path: Path, item_ids: np.ndarray) -> csr_array:
             raise SequenceError(f"{path}: item {item!r} has {names!r}; a list of attributes is wanted")
     if not of_item.keys() & set(item_ids):
         raise SequenceError(f"{path}: knows none of the {len(item_ids):,} items; its first is {next(iter(of_item), None)!r}, theirs {item_ids[0]!r}")
-    return _attribute_table([map(str, of_item.get(item, [])) for item in item_ids])
+    table = _attribute_table([[str(name) for name in of_item.get(item, []) if name is not None] for item in item_ids])
+    return table if table.shape[1] else None
 
 
 def _attribute_table(of_item: Iterable[Iterable[str]]) -> csr_array:
@@ -239,7 +241,7 @@ def from_events(
     codes, item_ids = pd.factorize(log["item_id"].astype(object), sort=True)
     users = log["user_id"].to_numpy(object)
     first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
-    order = {kind: place for place, kind in enumerate(kinds)}
+    session = pd.factorize(log["session_id"])[0]
     table, titles = None, None
     if products is not None:
         if products["item_id"].duplicated().any():
@@ -250,7 +252,8 @@ def from_events(
         table = table if table.shape[1] else None
     return Sequences(
         codes.astype(np.int64), np.append(first, len(log)), users[first], np.asarray(item_ids, object), ts=log["ts"].to_numpy(np.int64),
-        session=pd.factorize(log["session_id"])[0], kind=log["kind"].map(order).to_numpy(np.int64) if len(kinds) > 1 else None,
+        session=np.where(session < 0, len(log) + np.arange(len(log)), session),  # one that is not known is a session of its own
+        kind=log["kind"].map(KINDS.index).to_numpy(np.int64) if len(kinds) > 1 else None,
         attributes=table, titles=titles,
     )
 
@@ -313,7 +316,7 @@ class Split:
         for place, questions in enumerate((self.valid, self.test)):
             users, n_before = questions.history.user_ids, questions.history.lengths
             ts = questions.ts if questions.ts is not None else n_before
-            asked = pd.DataFrame({"event_id": [f"{user}/{spot}" for user, spot in zip(users, n_before)], "ts": ts, "user_id": users})
+            asked = pd.DataFrame({"event_id": [f"{user}/{spot:09d}" for user, spot in zip(users, n_before)], "ts": ts, "user_id": users})
             check_leaks(train, asked, kind="events", cut=None if cut is None else cut[place])
 
 # %% ../../nbs/data/13_sequences.ipynb #00000013
@@ -403,7 +406,11 @@ def reordered(whole: Sequences, how: str, seed: int = 0) -> Sequences:
     if how == "last":
         return whole.last(1)
     if how == "other":
-        turn = np.roll(rng.permutation(len(whole)), 1)
+        if len(whole) < 2:
+            raise SequenceError("how: 'other' needs two users")
+        order = rng.permutation(len(whole))
+        turn = np.empty_like(order)
+        turn[order] = np.roll(order, 1)
         return replace(whole.take(turn), user_ids=whole.user_ids)
     if how not in ("shuffled", "reversed"):
         raise SequenceError(f"how: {how!r}; choose 'shuffled', 'reversed', 'last' or 'other'")

@@ -78,8 +78,9 @@ def chance(questions: Questions, masked: bool, k: int = 10) -> float:
     n = np.full(len(questions), len(questions.history.item_ids), float)
     if masked:
         n -= np.diff(questions.history.matrix().indptr)
-    total = (1 / np.log2(np.arange(2, k + 2))).sum()
-    earned = np.where(questions.repeat & masked, 0.0, np.minimum(total / np.maximum(n[questions.asker], 1), 1))
+    total = np.concatenate([[0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
+    places = n[questions.asker]
+    earned = np.where(questions.repeat & masked, 0.0, total[np.minimum(places, k).astype(int)] / np.maximum(places, 1))
     return float(pd.Series(earned).groupby(questions.asker).mean().mean())
 
 # %% ../../nbs/model/07_baselines.ipynb #0000000d

@@ -6,6 +6,7 @@
 __all__ = ['log_probabilities', 'Mixture', 'tuned_mixture']
 
 # %% ../../nbs/model/10_mixture.ipynb #00000003
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 
 from ..data.sequences import Questions
 from .baselines import rank_metrics, target_ranks
-from .shopper import Shopper
+from .shopper import UNKNOWN, Shopper
 
 # %% ../../nbs/model/10_mixture.ipynb #00000005
 _FLOOR = 1e-4
@@ -29,7 +30,8 @@ def log_probabilities(part: object, asked: Questions) -> np.ndarray:
     """
     scores = torch.as_tensor(np.array(part.scores(asked), np.float32))
     if isinstance(part, Shopper):
-        return torch.log_softmax(scores, dim=1).clamp_(min=-25).numpy()  # what a model knows nothing of, another may know
+        nothing = scores <= UNKNOWN  # what this model knows nothing of, another may know: neither for nor against it
+        return torch.log_softmax(scores, dim=1).masked_fill_(nothing, -math.log(scores.shape[1])).numpy()
     scores.clamp_(min=0)
     return scores.div_(scores.sum(dim=1, keepdim=True).clamp(min=1e-12)).add_(_FLOOR).log_().numpy()
 
