@@ -311,15 +311,15 @@ class Shopper(nn.Module):
         return catalogue_loss(z, vectors.float(), chosen, precision=precision), len(chosen)
 
     @torch.inference_mode()
-    def vectors(self, asked: Questions) -> Tensor:
-        """Shopper vectors at the moment of asking, (users, dim); zeros for a user of whom nothing at all is known."""
+    def vectors(self, asked: Questions, items: Tensor) -> Tensor:
+        """Shopper vectors at the moment of asking, (users, dim), given the item vectors; zeros for a user of whom nothing at all is known."""
         stream = tokens_of(asked.history, asked, self.config)
         rows = Rows(asked.history, stream, pieces_of(stream, self.config.length, to_last=True), self.config, asked)
-        z, vectors = self.place.new_zeros(len(asked), self.config.dim), self.items()
+        z = self.place.new_zeros(len(asked), self.config.dim)
         for batch in (rows.batch(start, start + 64) for start in range(0, len(rows), 64)):
             batch = {name: value.to(z.device) for name, value in batch.items()}
             last = (batch["place"] == 0) & (batch["segment"] >= 0)
-            z[batch["user"][last]] = self.encode(batch, vectors)[last].float()
+            z[batch["user"][last]] = self.encode(batch, items)[last].float()
         return z
 
     @torch.inference_mode()
@@ -334,7 +334,8 @@ class Shopper(nn.Module):
         """
         training = self.training
         self.eval()
-        z, vectors = self.vectors(asked), self.items()
+        vectors = self.items()
+        z = self.vectors(asked, vectors)
         self.train(training)
         nothing = self.items.nothing
         if candidates is None:
