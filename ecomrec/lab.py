@@ -262,8 +262,8 @@ class RunRecorder:
             key: Name of the step, unique in the run, e.g. "bi_encoder fold=3 seed=0".
             function: Makes the result: a table, an array, what JSON can hold, or a dict by text of these.
             content: All that the result depends on, see `content_hash`. With it the part is kept beside the runs, in `.cache`,
-                and serves other runs too, as long as this content, the code of the models, the libraries and the precision are the same. What
-                no longer serves stays there until you delete the folder; nothing but time is lost with it.
+                and serves other runs too, as long as this content, the code of data and models, the libraries and the precision are the same (the function's own code is
+                not looked at: change the key with it). What no longer serves stays there until you delete the folder; nothing but time is lost with it.
         Returns:
             The result as it was stored, the first time too, so that both times give the same numbers.
         """
@@ -295,7 +295,7 @@ class RunRecorder:
         if content is None:
             return self.folder / "parts" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
         root = self.folder if self._temporary else self.folder.parent
-        return root / ".cache" / f"{slug}-{content_hash(_package_source('model'), _versions(), _bfloat16(), *content)[:16]}"
+        return root / ".cache" / f"{slug}-{content_hash(_package_source('model'), _package_source('data'), _versions(), _bfloat16(), *content)[:16]}"
 
     def cached_many(
         self, steps: dict[str, tuple], function: Callable[..., object], workers: int | None = None, label: str = "steps"

@@ -86,6 +86,22 @@ class Sequences:
         """Item codes of one user, first to last."""
         return self.items[self.starts[row] : self.starts[row + 1]]
 
+    @property
+    def repeats(self) -> float:
+        """Share of the events whose user has taken the item before."""
+        return 1 - len(np.unique(self.user.astype(np.int64) * len(self.item_ids) + self.items)) / max(len(self.items), 1)
+
+    @property
+    def visits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Number of the visit of each event, (events,), and place of each visit's first event and the number of all events, (visits + 1,).
+
+        A visit is a run of events of one user in one session; where no sessions are known, each event is a visit.
+        """
+        session = np.arange(len(self.items)) if self.session is None else self.session
+        begins = np.ones(len(self.items), bool)
+        begins[1:] = (session[1:] != session[:-1]) | (np.diff(self.user) != 0)
+        return np.cumsum(begins) - 1, np.append(np.flatnonzero(begins), len(self.items))
+
     def keep(self, events: np.ndarray) -> "Sequences":
         """The same users with only these events.
 
@@ -222,7 +238,7 @@ def from_events(
     events: pd.DataFrame,
     products: pd.DataFrame | None = None,
     kinds: Sequence[str] = ("purchase",),
-    known_before: int | None = None,
+    known_share: float = 1.0,
 ) -> Sequences:
     """Histories from a log: the events of these kinds that have a user and an item, in the order of (ts, event_id).
 
@@ -230,7 +246,8 @@ def from_events(
         events: By the contract `clean`.
         products: For attributes and titles; items that no event names are left out.
         kinds: Kinds of events that make up a history.
-        known_before: See `item_attributes`.
+        known_share: Prices and ratings are read if they were known before this share of the events had happened, see `item_attributes`;
+            all of them at 1. For a cut in time it is the share before the cut.
     Raises:
         SequenceError: If no event is left, or a product stands twice.
     """
@@ -248,7 +265,7 @@ def from_events(
             raise SequenceError(f"products: item {products.loc[products['item_id'].duplicated(), 'item_id'].iloc[0]!r} stands twice; clean the tables first")
         known = products.set_index("item_id").reindex(item_ids)
         titles = known["title"].fillna("").to_numpy(object)
-        table = _attribute_table(item_attributes(known, known_before))
+        table = _attribute_table(item_attributes(known, None if known_share >= 1 else int(log["ts"].quantile(known_share))))
         table = table if table.shape[1] else None
     return Sequences(
         codes.astype(np.int64), np.append(first, len(log)), users[first], np.asarray(item_ids, object), ts=log["ts"].to_numpy(np.int64),
@@ -397,7 +414,8 @@ def reordered(whole: Sequences, how: str, seed: int = 0) -> Sequences:
 
     Args:
         whole: The histories.
-        how: "shuffled", "reversed", "last" (only the last event) or "other" (each user gets another user's history).
+        how: "shuffled", "reversed", "last" (only the last event), "other" (each user gets another user's history) or "moments" (only
+            events of one user and one moment change places: a receipt has no order).
         seed: Of the shuffling.
     Raises:
         SequenceError: If the order is unknown.
@@ -412,19 +430,22 @@ def reordered(whole: Sequences, how: str, seed: int = 0) -> Sequences:
         turn = np.empty_like(order)
         turn[order] = np.roll(order, 1)
         return replace(whole.take(turn), user_ids=whole.user_ids)
+    if how == "moments":
+        return whole if whole.ts is None else replace(whole, **whole._of_events(np.lexsort((rng.random(len(whole.items)), whole.ts, whole.user))))
     if how not in ("shuffled", "reversed"):
-        raise SequenceError(f"how: {how!r}; choose 'shuffled', 'reversed', 'last' or 'other'")
+        raise SequenceError(f"how: {how!r}; choose 'shuffled', 'reversed', 'last', 'other' or 'moments'")
     order = np.lexsort((whole.from_end if how == "reversed" else rng.random(len(whole.items)), whole.user))
     return replace(whole, items=whole.items[order], kind=None if whole.kind is None else whole.kind[order])
 
 # %% ../../nbs/data/13_sequences.ipynb #0000001c
-def load_sequences(source: str, attributes: str | None = None, kinds: Sequence[str] = ("purchase",)) -> Sequences:
+def load_sequences(source: str, attributes: str | None = None, kinds: Sequence[str] = ("purchase",), known_share: float = 1.0) -> Sequences:
     """Histories by name or path.
 
     Args:
         source: "beauty" (Amazon Beauty, 5-core); any other known set with events, or a folder with tables, which are cleaned; or the path of a file of lines `user item item ...`.
         attributes: Path of the items' attributes for a file of lines, see `read_lines`.
         kinds: Kinds of events that make up a history, where the source has events.
+        known_share: See `from_events`.
     Raises:
         SequenceError: If the file is not of that form, or the set has no such events.
         SourceError: If the set cannot be had.
@@ -438,4 +459,4 @@ def load_sequences(source: str, attributes: str | None = None, kinds: Sequence[s
     if tables.events is None:
         raise SequenceError(f"{source}: has no events; give a file of lines `user item item ...`, or a folder with events.parquet")
     shop, _ = clean(tables)
-    return from_events(shop.events, shop.products, kinds)
+    return from_events(shop.events, shop.products, kinds, known_share)

@@ -51,7 +51,7 @@ def target_ranks(scores_of: Callable[[Questions], np.ndarray], questions: Questi
 
 
 def rank_metrics(ranks: np.ndarray, questions: Questions, ks: Sequence[int] = (5, 10, 20), only: np.ndarray | None = None) -> pd.DataFrame:
-    """Recall and nDCG of each user.
+    """Recall and nDCG of each user; the best order of her targets earns an nDCG of 1.
 
     Args:
         ranks: Rank of each target, (targets,), from `target_ranks`.
@@ -64,7 +64,16 @@ def rank_metrics(ranks: np.ndarray, questions: Questions, ks: Sequence[int] = (5
     gains = {f"recall@{k}": (ranks <= k).astype(float) for k in ks}
     gains |= {f"ndcg@{k}": np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0) for k in ks}
     table = pd.DataFrame(gains).assign(user_id=questions.history.user_ids[questions.asker])
-    return (table if only is None else table[only]).groupby("user_id").mean()
+    by_user = (table if only is None else table[only]).groupby("user_id")
+    means, counts = by_user.mean(), by_user.size()
+    for k in ks:
+        means[f"ndcg@{k}"] *= counts / _best_gain(k)[np.minimum(counts, k)]
+    return means
+
+
+def _best_gain(k: int) -> np.ndarray:
+    """What the best order of 0 to k targets earns, (k + 1,)."""
+    return np.concatenate([[0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
 
 # %% ../../nbs/model/07_baselines.ipynb #0000000a
 def chance(questions: Questions, masked: bool, k: int = 10) -> float:
@@ -78,10 +87,10 @@ def chance(questions: Questions, masked: bool, k: int = 10) -> float:
     n = np.full(len(questions), len(questions.history.item_ids), float)
     if masked:
         n -= np.diff(questions.history.matrix().indptr)
-    total = np.concatenate([[0], np.cumsum(1 / np.log2(np.arange(2, k + 2)))])
-    places = n[questions.asker]
-    earned = np.where(questions.repeat & masked, 0.0, total[np.minimum(places, k).astype(int)] / np.maximum(places, 1))
-    return float(pd.Series(earned).groupby(questions.asker).mean().mean())
+    best, places = _best_gain(k), n[questions.asker]
+    earned = np.where(questions.repeat & masked, 0.0, best[np.minimum(places, k).astype(int)] / np.maximum(places, 1))
+    by_user = pd.Series(earned).groupby(questions.asker)
+    return float((by_user.sum() / best[np.minimum(by_user.size(), k)]).mean())
 
 # %% ../../nbs/model/07_baselines.ipynb #0000000d
 _DAY = 86_400_000  # milliseconds
@@ -266,12 +275,12 @@ class ALS:
 
 # %% ../../nbs/model/07_baselines.ipynb #00000018
 GRIDS: Mapping[type, Mapping[str, Sequence]] = {
-    Popularity: {"half_life": (None, 7, 30, 90)},
-    OwnHistory: {"decay": (0.8, 0.95, 0.99, 1.0)},
-    ItemKNN: {"neighbours": (50, 200), "decay": (0.5, 0.7, 0.85)},
-    EASE: {"ridge": (100.0, 300.0), "decay": (0.5, 0.7, 0.85)},
-    ALS: {"alpha": (1.0, 4.0, 16.0), "decay": (0.7, 1.0)},
-    CoOccurrence: {"gap_decay": (0.5, 0.7, 0.85), "norm": (0.25, 0.5, 0.75), "decay": (0.5, 0.7, 0.85)},
+    Popularity: {"half_life": (None, 3, 7, 30, 90)},
+    OwnHistory: {"decay": (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0)},
+    ItemKNN: {"neighbours": (50, 200, 800), "decay": (0.5, 0.7, 0.85, 0.95, 0.99)},
+    EASE: {"ridge": (30.0, 100.0, 300.0), "decay": (0.5, 0.7, 0.85, 0.95, 0.99)},
+    ALS: {"alpha": (0.25, 1.0, 4.0, 16.0), "decay": (0.7, 0.9, 1.0)},
+    CoOccurrence: {"gap_decay": (0.5, 0.7, 0.85, 0.95), "norm": (0.25, 0.5, 0.75), "decay": (0.5, 0.7, 0.85, 0.95, 0.99)},
 }
 
 

@@ -20,26 +20,32 @@ class _CatalogueLoss(torch.autograd.Function):
     """The loss and both gradients, piece by piece."""
 
     @staticmethod
-    def forward(ctx, shoppers: Tensor, items: Tensor, chosen: Tensor, weight: Tensor, dtype: torch.dtype, chunk: int) -> Tensor:
+    def forward(ctx, shoppers: Tensor, items: Tensor, chosen: Tensor, weight: Tensor, extra: Tensor | None, at: Tensor | None, dtype: torch.dtype, chunk: int) -> Tensor:
         half_shoppers, half_items = shoppers.detach().to(dtype), items.detach().to(dtype)
         to_shoppers, to_items, loss = torch.empty_like(shoppers), torch.zeros_like(items), shoppers.new_zeros(())
+        to_extra = None if extra is None else torch.empty_like(extra)
         for start in range(0, len(chosen), chunk):
             rows = slice(start, start + chunk)
             piece, own, share = half_shoppers[rows], chosen[rows, None], weight[rows, None]
-            gradient = torch.softmax(piece @ half_items.T, dim=1)
+            scores = piece @ half_items.T
+            if extra is not None:
+                scores.scatter_add_(1, at[rows], extra[rows].to(dtype))
+            gradient = torch.softmax(scores, dim=1)
             log_p = gradient.gather(1, own).to(loss.dtype).clamp_min(torch.finfo(dtype).tiny).log()
             loss -= (share * log_p).sum()
             gradient.scatter_add_(1, own, gradient.new_full(own.shape, -1.0))
+            if extra is not None:
+                to_extra[rows] = share * gradient.gather(1, at[rows])
             torch.mul(gradient @ half_items, share, out=to_shoppers[rows])
             to_items += gradient.T @ (piece * share).to(dtype)  # the weights act on the small side
-        ctx.save_for_backward(to_shoppers, to_items)
+        ctx.save_for_backward(to_shoppers, to_items, to_extra)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, pull: Tensor) -> tuple:
-        to_shoppers, to_items = ctx.saved_tensors
-        return to_shoppers * pull, to_items * pull, None, None, None, None
+        to_shoppers, to_items, to_extra = ctx.saved_tensors
+        return to_shoppers * pull, to_items * pull, None, None, None if to_extra is None else to_extra * pull, None, None, None
 
 
 def catalogue_loss(
@@ -49,6 +55,7 @@ def catalogue_loss(
     weight: Tensor | None = None,
     precision: str = "auto",
     chunk: int | None = None,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Choice loss over all items, with its gradient made in the same pass; memory is O(chunk x items).
 
@@ -60,6 +67,8 @@ def catalogue_loss(
         precision: "float32" computes as the vectors are, exactly; "bfloat16" makes the products and the softmax in half the
             bits; "auto" does so where the processor has them.
         chunk: Positions in one piece; chosen by the number of items if left out.
+        extra: What is added to some of the scores, (positions, some), and the item that each is added to, of the same shape; what is
+            said of one item twice is added up.
     Returns:
         Weighted mean loss in nats, a scalar. It can be differentiated once.
     Raises:
@@ -70,6 +79,9 @@ def catalogue_loss(
         raise ValueError(f"shoppers must be (positions, dim), items (items, dim), chosen and weight (positions,): {shapes}")
     if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(items):
         raise ValueError(f"chosen: between {int(chosen.min())} and {int(chosen.max())}; there are {len(items)} items")
+    added, at = extra if extra is not None else (None, None)
+    if added is not None and not (len(added) == len(chosen) and added.shape == at.shape):
+        raise ValueError(f"extra: two tables (positions, some), with {len(chosen)} positions; got {tuple(added.shape)} and {tuple(at.shape)}")
     if precision not in ("auto", "float32", "bfloat16"):
         raise ValueError(f"precision: {precision!r}; choose 'auto', 'float32' or 'bfloat16'")
     weight = torch.ones_like(shoppers[:, 0]) if weight is None else weight.detach().to(shoppers.dtype)
@@ -78,9 +90,9 @@ def catalogue_loss(
         raise ValueError("weight: every weight must be finite and not negative, and their sum positive")
     half = precision == "bfloat16" or (precision == "auto" and shoppers.dtype == torch.float32 and has_bfloat16(shoppers.device.type))
     chunk = chunk or max(16, (2**27 if shoppers.is_cuda else 3 * 2**20) // len(items))
-    return _CatalogueLoss.apply(shoppers, items, chosen, weight / total, torch.bfloat16 if half else shoppers.dtype, chunk)
+    return _CatalogueLoss.apply(shoppers, items, chosen, weight / total, added, at, torch.bfloat16 if half else shoppers.dtype, chunk)
 
-# %% ../../nbs/model/06_softmax.ipynb #00000013
+# %% ../../nbs/model/06_softmax.ipynb #00000015
 def sampled_loss(shoppers: Tensor, items: Tensor, chosen: Tensor, sample: Tensor, log_q: Tensor) -> Tensor:
     """Choice loss over the chosen item and a sample that all positions share, corrected for how it was drawn.
 

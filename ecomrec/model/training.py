@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from ..data.artefacts import verify, write_json, writing
+from ..data.artefacts import recovered, verify, write_json, writing
 
 # %% ../../nbs/model/08_training.ipynb #0000000a
 class TrainingError(ValueError):
@@ -106,8 +106,19 @@ class _State:
         found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if found.pop("fingerprint") != fingerprint:
             raise TrainingError(f"{folder}: holds a training of other data, settings or another model; name another folder, or delete it to start anew")
+        self._take(load_file(folder / "state.safetensors"), found)
+
+    def share(self, rank: int) -> None:
+        """Make the first process's state that of all."""
+        said = [({name: value.detach().cpu() for name, value in self._tensors().items()}, self.now) if rank == 0 else None]
+        dist.broadcast_object_list(said, src=0, device=device_of_choice())
+        if rank > 0:
+            self._take(*said[0])
+
+    def _take(self, tensors: Mapping[str, Tensor], found: dict) -> None:
+        """Become a state that was saved or sent."""
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "best": {}, "adam": {}}
-        for name, value in load_file(folder / "state.safetensors").items():
+        for name, value in tensors.items():
             part, _, rest = name.partition("/")
             parts[part][rest] = value
         self.model.load_state_dict(parts["model"])
@@ -195,10 +206,12 @@ def train(
     model.to(device).train()
     state, fingerprint = _State(model, schedule), _fingerprint(model, batches, schedule, content)
     folder = None if folder is None else Path(folder)
-    if folder is not None and folder.exists():
+    if folder is not None and rank == 0 and recovered(folder).exists():
         state.load(folder, fingerprint)
-        if state.now["epoch"] > schedule.epochs:
-            raise TrainingError(f"{folder}: has {state.now['epoch']} epochs already, more than the {schedule.epochs} that are asked for; name another folder")
+    if world > 1:
+        state.share(rank)
+    if state.now["epoch"] > schedule.epochs:
+        raise TrainingError(f"{folder}: has {state.now['epoch']} epochs already, more than the {schedule.epochs} that are asked for; name another folder")
     half = schedule.precision == "bfloat16" or (schedule.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     now, saved = state.now, time.monotonic()
     with tqdm(total=schedule.epochs, initial=now["epoch"], desc="train", unit="epoch", disable=not progress or rank > 0, leave=False, mininterval=1) as bar:
