@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from ecomrec.data.artefacts import MANIFEST, ArtefactError, verify, write_json, writing
+from ecomrec.data.artefacts import MANIFEST, ArtefactError, recovered, verify, write_json, writing
 
 
 @pytest.fixture
@@ -61,6 +61,13 @@ def test_a_failing_writer_leaves_the_old_folder_and_nothing_else(saved):
             raise RuntimeError
     assert json.loads((saved / "config.json").read_text()) == {"version": 1} and verify(saved)
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
+
+
+def test_a_writer_killed_between_its_two_renames_loses_nothing(saved):
+    before = verify(saved)
+    os.replace(saved, saved.with_name(f".{saved.name}.killed.old"))
+    assert verify(saved) == before and recovered(saved) == saved
+    assert not recovered(saved.with_name("never")).exists()
 
 
 def test_json_is_whole_after_a_refused_write(tmp_path):

@@ -37,10 +37,13 @@ def test_ranks_are_counted_one_by_one(lists, seed, masked, n_targets):
         target_ranks(lambda some: table[[int(user[1:]) for user in some.history.user_ids]], asked, masked)
 
 
-def test_metrics_of_several_targets_are_their_mean():
+def test_the_best_order_of_several_targets_earns_one():
     asked = Questions(LOG, np.array([0, 0, 1]), np.array([1, 2, 3]))
     table = rank_metrics(np.array([1.0, 30.0, 3.0]), asked, ks=(10,))
-    assert table["recall@10"].to_dict() == {"u0": 0.5, "u1": 1.0} and table["ndcg@10"].to_dict() == {"u0": 0.5, "u1": 0.5}
+    assert table["recall@10"].to_dict() == {"u0": 0.5, "u1": 1.0} and table["ndcg@10"].to_dict() == pytest.approx({"u0": 1 / (1 + 1 / np.log2(3)), "u1": 0.5})
+    assert rank_metrics(np.array([2.0, 1.0, 1.0]), asked, ks=(1, 10)).filter(like="ndcg").eq(1).all(axis=None)
+    many = Questions(LOG, np.zeros(5, int), np.arange(5))
+    assert rank_metrics(np.arange(1.0, 6), many, ks=(3,))["ndcg@3"].item() == pytest.approx(1), "a page of three cannot hold five"
     assert rank_metrics(np.array([1.0, 30.0, 3.0]), asked, (10,), only=np.array([False, True, False])).index.tolist() == ["u0"]
 
 

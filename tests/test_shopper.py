@@ -102,6 +102,47 @@ def test_queries_contexts_and_profiles_are_read():
     assert rank_metrics(target_ranks(model.scores, strangers, False), strangers, (1,))["recall@1"].mean() > 0.95, "new users, from the first moment"
 
 
+@given(histories, st.integers(0, 99))
+@for_any
+def test_where_visits_are_known_the_target_is_one_of_the_next_visit(lists, seed):
+    rng = np.random.default_rng(seed)
+    whole = whole_of(lists, times=True, seed=seed)
+    whole = replace(whole, session=rng.integers(0, 2, len(whole.items)).cumsum())
+    visit, begins = whole.visits
+    assert begins[0] == 0 and begins[-1] == len(whole.items) and (np.diff(begins) > 0).all()
+    stream = tokens_of(whole, None, replace(PLAIN, times=True), seed)
+    assert stream["item"].tolist() == whole.items.tolist()
+    for place, (target, gap) in enumerate(zip(stream["target"], stream["gap"])):
+        following = [other for other in range(len(whole.items)) if visit[other] == visit[place] + 1 and whole.user[other] == whole.user[place]]
+        assert target in whole.items[following] if following else target == -1
+        assert gap == gap_code(np.array([whole.ts[following[0]] - whole.ts[place] if following else 0]))[0]
+
+
+def test_habits_are_learned_where_the_same_things_are_taken_again():
+    """Everybody has one thing that she takes each time, and what else she takes is chance."""
+    rng = np.random.default_rng(0)
+    lists = [[item for _ in range(6) for item in (int(own), int(rng.integers(10, 30)))] for own in rng.integers(0, 10, 200)]
+    whole = whole_of(lists)
+    whole = replace(whole, item_ids=np.arange(30).astype(str).astype(object), session=np.arange(len(whole.items)) // 2)
+    split = leave_last_out(whole)
+    own = np.array([history[0] for history in lists])
+    config = config_of(split.train, dim=16, dropout=0.1)
+    assert config.habit and split.train.repeats > 0.4
+    schedule = Schedule(epochs=8, average=0.9, learning_rate=0.01, patience=8)
+    with_habit, _ = train_shopper(split, config, schedule, masked=False, rows_per_batch=4, progress=False)
+    scores = with_habit.scores(split.test)
+    assert (scores.argmax(axis=1) == own).mean() > 0.95
+    assert np.allclose(with_habit.scores(split.test, np.tile(np.arange(30), (200, 1))), scores, atol=1e-4)
+
+
+def test_another_catalogue_is_refused():
+    split = leave_last_out(whole_of([[1, 2, 3, 4]] * 5))
+    model, _ = train_shopper(split, config_of(split.train, dim=8), Schedule(epochs=1), progress=False)
+    other = replace(split.test, history=replace(split.test.history, item_ids=split.test.history.item_ids[::-1].copy()))
+    with pytest.raises(ValueError, match="its 10 item ids are not the 10 that this model learned"):
+        model.scores(other)
+
+
 def test_a_new_item_stands_where_its_attributes_say():
     rng = np.random.default_rng(0)
     lists = [[int(i) for i in rng.choice(np.arange(4) + 5 * side, 4)] for side in rng.integers(0, 2, 300)]  # 4 and 9 are never taken

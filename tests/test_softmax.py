@@ -34,6 +34,19 @@ def test_it_is_the_plain_loss_with_its_gradients(positions, items, dim, chunk, s
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(found, expected))
 
 
+@given(few, few, few, few, few, seeds)
+@for_any
+def test_what_is_added_to_some_scores_stands_where_it_belongs(positions, items, dim, chunk, n_added, seed):
+    shoppers, vectors, chosen, weight = drawn(seed, positions, items, dim)
+    generator = torch.Generator().manual_seed(seed)
+    added = torch.randn(positions, n_added, generator=generator, dtype=torch.float64, requires_grad=True)
+    at = torch.randint(items, (positions, n_added), generator=generator)
+    plain = F.cross_entropy((shoppers @ vectors.T).scatter_add(1, at, added), chosen, reduction="none")
+    expected = torch.autograd.grad((weight * plain).sum() / weight.sum(), [shoppers, vectors, added])
+    found = torch.autograd.grad(catalogue_loss(shoppers, vectors, chosen, weight, chunk=chunk, extra=(added, at)), [shoppers, vectors, added])
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(found, expected))
+
+
 @given(st.integers(32, 300), st.integers(50, 3000), seeds)
 @settings(deadline=None, max_examples=15)
 def test_half_the_bits_stay_within_the_stated_bounds(positions, items, seed):
@@ -56,6 +69,8 @@ def test_nonsense_is_refused():
     z, v, y = torch.randn(2, 3), torch.randn(4, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"shoppers must be \(positions, dim\)"):
         catalogue_loss(z[:, :2], v, y)
+    with pytest.raises(ValueError, match=r"extra: two tables \(positions, some\), with 2 positions"):
+        catalogue_loss(z, v, y, extra=(torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.long)))
     with pytest.raises(ValueError, match="their sum positive"):
         catalogue_loss(z, v, y, weight=torch.tensor([1.0, math.nan]))
     with pytest.raises(ValueError, match="chosen: between -1 and 1"):

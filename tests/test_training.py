@@ -20,6 +20,7 @@ from ecomrec.model.shopper import config_of, train_shopper
 from ecomrec.model.training import Schedule, TrainingError, train
 
 SCRIPT = """
+import os
 import sys
 import numpy as np
 from pathlib import Path
@@ -34,7 +35,8 @@ rng = np.random.default_rng(0)
 split = leave_last_out(whole_of([rng.integers(0, 10, 6).tolist() for _ in range(400)]))
 config = config_of(split.train, dim=16, heads=2, dropout={dropout})
 schedule = Schedule(epochs={epochs}, patience=9, save_every=0.05, precision={precision!r})
-model, log = train_shopper(split, config, schedule, folder=sys.argv[1], rows_per_batch=2, progress=False)
+own_disk = sys.argv[1] + os.environ.get("RANK", "0")
+model, log = train_shopper(split, config, schedule, folder=own_disk, rows_per_batch=2, progress=False)
 if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
     model.save_pretrained(sys.argv[2])
 if torch.distributed.is_initialized():
@@ -58,7 +60,7 @@ def test_kill_9_in_the_middle_of_an_epoch_changes_nothing(tmp_path):
     for _ in range(2):  # killed twice, at moments that the clock chooses
         process = subprocess.Popen([*command, tmp_path / "b", tmp_path / "resumed"])
         deadline = time.monotonic() + 60
-        while not (tmp_path / "b" / "manifest.json").exists() and process.poll() is None and time.monotonic() < deadline:
+        while not (tmp_path / "b0" / "manifest.json").exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.3)
         process.send_signal(signal.SIGKILL)
@@ -73,7 +75,10 @@ def test_two_processes_equal_one(tmp_path):
     path = script(tmp_path, dropout=0.0, epochs=2, precision="float32")
     subprocess.run([sys.executable, path, tmp_path / "a", tmp_path / "one"], check=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*torchrun, path, tmp_path / "b", tmp_path / "two"], check=True, capture_output=True)
+    for epochs in (1, 2):  # the second run goes on with what only the first process can read
+        path = script(tmp_path, dropout=0.0, epochs=epochs, precision="float32")
+        subprocess.run([*torchrun, path, tmp_path / "b", tmp_path / "two"], check=True, capture_output=True)
+    assert not (tmp_path / "b1").exists()
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     exact = [name for name in one if one[name].is_floating_point()]
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in exact)
