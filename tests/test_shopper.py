@@ -135,6 +135,15 @@ def test_habits_are_learned_where_the_same_things_are_taken_again():
     assert np.allclose(with_habit.scores(split.test, np.tile(np.arange(30), (200, 1))), scores, atol=1e-4)
 
 
+def test_what_another_process_lends_is_read_and_never_written():
+    attributes = csr_array(np.eye(10, 3, dtype=np.float32))
+    attributes.indices, attributes.indptr = attributes.indices.astype(np.int64), attributes.indptr.astype(np.int64)
+    for part in (attributes.indices, attributes.indptr, attributes.data):
+        part.flags.writeable = False  # as a file in shared memory is; writing there kills the process
+    items = Shopper(ShopperConfig(n_items=10, n_attributes=3, dim=8), attributes).items
+    assert not np.shares_memory(items.attribute_of.numpy(), attributes.indices) and not np.shares_memory(items.attribute_starts.numpy(), attributes.indptr)
+
+
 def test_another_catalogue_is_refused():
     split = leave_last_out(whole_of([[1, 2, 3, 4]] * 5))
     model, _ = train_shopper(split, config_of(split.train, dim=8), Schedule(epochs=1), progress=False)

@@ -105,8 +105,8 @@ class ItemVectors(nn.Module):
         self.attribute = self.read_text = None
         if config.n_attributes:
             self.attribute = nn.Parameter(0.02 * torch.randn(config.n_attributes, config.dim))
-            self.register_buffer("attribute_of", torch.as_tensor(attributes.indices, dtype=torch.long))
-            self.register_buffer("attribute_starts", torch.as_tensor(attributes.indptr, dtype=torch.long))
+            self.register_buffer("attribute_of", torch.tensor(attributes.indices, dtype=torch.long))  # a copy: loading writes into it
+            self.register_buffer("attribute_starts", torch.tensor(attributes.indptr, dtype=torch.long))
         if config.text:
             self.read_text = nn.Linear(config.text, config.dim, bias=False)
             self.register_buffer("text", text)
@@ -282,8 +282,8 @@ class Shopper(nn.Module):
             if width and found != (config.n_items, width):
                 raise ValueError(f"{name}: the config says {(config.n_items, width)}, and it is {found}")
         self.config, dim = config, config.dim
-        text = None if text is None else torch.as_tensor(text, dtype=torch.float32)
-        self.items = ItemVectors(config, attributes, text, torch.ones(config.n_items) if seen is None else torch.as_tensor(seen))
+        text = None if text is None else torch.as_tensor(np.array(text, np.float32))
+        self.items = ItemVectors(config, attributes, text, torch.ones(config.n_items) if seen is None else torch.as_tensor(np.array(seen)))
         self.place = nn.Parameter(0.02 * torch.randn(config.length, dim))
         for name, size in {"kind": config.n_kinds, "gap": N_GAPS * config.times}.items():
             if size:
