@@ -29,7 +29,7 @@ from ..data.tables import KINDS
 from .attention import LowHighPass, SelfAttention, causal_mask
 from .baselines import rank_metrics, target_ranks
 from .softmax import catalogue_loss
-from .training import Schedule, device_of_choice, train
+from .training import Schedule, check_ranges, device_of_choice, train
 
 # %% ../../nbs/model/09_shopper.ipynb #00000006
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ class ShopperConfig:
 
     def __post_init__(self):
         ranges = {"n_items": self.n_items >= 1, "layers": self.layers >= 1, "length": self.length >= 2, "filter_share": 0 <= self.filter_share <= 1, "dropout": 0 <= self.dropout < 1}
-        wrong = [name for name, right in ranges.items() if not right]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {getattr(self, wrong[0])!r}, see ShopperConfig for what it may be")
+        check_ranges(self, ranges)
 
 
 def catalogue_of(item_ids: np.ndarray) -> str:
