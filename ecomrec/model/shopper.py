@@ -558,12 +558,12 @@ def train_shopper(
 
     asks = len(split.valid.target) > 0
     loss_of = partial(Shopper.loss, precision=schedule.precision)
-    content = f"{_fingerprint(split, config, masked)} rows={size}"
+    content = f"{_content_of(split, config, masked)} rows={size}"
     log = train(model, batches, loss_of, validate if asks else None, schedule, folder, progress, content)
     return model, log
 
 
-def _fingerprint(split: Split, config: ShopperConfig, masked: bool) -> str:
+def _content_of(split: Split, config: ShopperConfig, masked: bool) -> str:
     """What a training learns from, and what it is judged by."""
     total = hashlib.sha256(f"{config} masked={masked}".encode())
     for part in (split.train.items, split.train.starts, split.train.ts, split.train.session, split.valid.asker, split.valid.target):
@@ -578,6 +578,6 @@ def trained_weights(
 
     A training that was killed goes on from its checkpoint among `checkpoints`, where each training has a folder.
     """
-    name = hashlib.sha256(f"{_fingerprint(split, config, masked)} {schedule}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{_content_of(split, config, masked)} {schedule}".encode()).hexdigest()[:16]
     model, log = train_shopper(split, config, schedule, masked, text, None if checkpoints is None else Path(checkpoints, name), progress=False)
     return {name: value.cpu().numpy() for name, value in model.state_dict().items()} | {"log": log}
