@@ -105,3 +105,13 @@ def test_a_mixture_is_no_worse_than_its_parts():
     alone = {name: rank_metrics(target_ranks(Mixture({name: part}, {name: 1.0}).scores, split.valid, False), split.valid, (10,))["ndcg@10"].mean() for name, part in {"good": good, "useless": useless}.items()}
     assert log["ndcg@10"].max() >= max(alone.values()) - 1e-9
     assert isinstance(log, pd.DataFrame) and len(log) == 10
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=40)
+def test_a_perfect_page_earns_one_in_every_slice(seed):
+    rng = np.random.default_rng(seed)
+    asker = np.sort(rng.integers(0, 2, 6))
+    asked = Questions(LOG, asker, rng.integers(0, 10, 6))
+    ranks, only = np.concatenate([1 + rng.permutation((asker == user).sum()) for user in (0, 1)]).astype(float), rng.random(6) < 0.5
+    assert np.allclose(rank_metrics(ranks, asked, (3,), only)["ndcg@3"], 1)

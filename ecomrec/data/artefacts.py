@@ -6,6 +6,7 @@
 __all__ = ['MANIFEST', 'sha256', 'ArtefactError', 'write_json', 'writing', 'recovered', 'verify', 'home']
 
 # %% ../../nbs/data/02_artefacts.ipynb #00000002
+import glob
 import hashlib
 import json
 import os
@@ -51,6 +52,11 @@ def write_json(path: Path | str, content: object) -> None:
 MANIFEST = "manifest.json"
 
 
+def _moved_aside(folder: Path) -> list[Path]:
+    """Old versions of a folder that `writing` has moved out of the way."""
+    return list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old"))
+
+
 @contextmanager
 def writing(folder: Path | str) -> Iterator[Path]:
     """Write a folder so that it appears complete, with a manifest, or not at all.
@@ -76,20 +82,23 @@ def writing(folder: Path | str) -> Iterator[Path]:
             old = half.with_name(half.name + ".old")
             os.replace(folder, old)
             os.replace(half, folder)
-            shutil.rmtree(old)
         else:
             os.replace(half, folder)
+        for old in _moved_aside(folder):
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(half, ignore_errors=True)
 
 # %% ../../nbs/data/02_artefacts.ipynb #0000000e
 def recovered(folder: Path | str) -> Path:
-    """The folder, put back if a writer was killed between moving its old version aside and the new one in."""
+    """The folder, put back if its only writer was killed between moving the old version aside and the new one in.
+
+    For the writer that begins again, not for readers: while another process writes, its old version is not to be touched.
+    """
     folder = Path(folder)
-    for old in [] if folder.exists() else folder.parent.glob(f".{folder.name}.*.old"):
-        if (old / MANIFEST).is_file():
-            os.replace(old, folder)
-            break
+    whole = [old for old in _moved_aside(folder) if (old / MANIFEST).is_file()]
+    if whole and not folder.exists():
+        os.replace(max(whole, key=lambda old: old.stat().st_mtime), folder)
     return folder
 
 # %% ../../nbs/data/02_artefacts.ipynb #00000015
@@ -103,7 +112,7 @@ def verify(folder: Path | str) -> dict[str, str]:
     Raises:
         ArtefactError: If the manifest is missing or broken, or a file is missing, foreign or changed.
     """
-    folder = recovered(folder)
+    folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 
 from . import sources
 from .cleaning import clean
-from .splits import check_leaks
+from .splits import LeakError, check_leaks
 from .tables import KINDS
 
 # %% ../../nbs/data/13_sequences.ipynb #00000006
@@ -87,6 +87,11 @@ class Sequences:
         return self.items[self.starts[row] : self.starts[row + 1]]
 
     @property
+    def last_ts(self) -> np.ndarray:
+        """Moment of each user's last event, (users,); 0 where there is none."""
+        return np.where(self.lengths > 0, np.append(self.ts, 0)[self.starts[1:] - 1], 0)
+
+    @property
     def repeats(self) -> float:
         """Share of the events whose user has taken the item before."""
         return 1 - len(np.unique(self.user.astype(np.int64) * len(self.item_ids) + self.items)) / max(len(self.items), 1)
@@ -134,8 +139,10 @@ class Sequences:
         return self if not len(self) or self.lengths.max() <= n else self.keep(self.from_end < n)
 
     def matrix(self, decay: float = 1.0) -> csr_array:
-        """Users by items: the sum of `decay` to the power of how many events followed, float32 (users, items)."""
-        weight = np.float32(decay) ** self.from_end.astype(np.float32)
+        """Users by items: the sum of `decay` to the power of how many visits of the user followed, float32 (users, items)."""
+        visit, _ = self.visits
+        last = visit[self.starts[1:] - 1] if len(visit) else np.zeros(len(self), np.int64)
+        weight = np.float32(decay) ** (np.repeat(last, self.lengths) - visit).astype(np.float32)
         counts = csr_array((weight, self.items, self.starts), shape=(len(self), len(self.item_ids)), copy=True)  # changed in place below
         counts.sum_duplicates()
         return counts
@@ -254,7 +261,7 @@ def from_events(
     log = events[events["kind"].isin(kinds) & events["user_id"].notna() & events["item_id"].notna()]
     if log.empty:
         raise SequenceError(f"events: none of {len(events):,} has a user, an item and a kind among {', '.join(kinds)}; there are {', '.join(sorted(events['kind'].unique()))}")
-    log = log.sort_values(["user_id", "ts", "event_id"])
+    log = log.sort_values(["user_id", "ts", "session_id", "event_id"])
     codes, item_ids = pd.factorize(log["item_id"].astype(object), sort=True)
     users = log["user_id"].to_numpy(object)
     first = np.flatnonzero(np.concatenate([[True], users[1:] != users[:-1]]))
@@ -335,6 +342,8 @@ class Split:
             ts = questions.ts if questions.ts is not None else n_before
             asked = pd.DataFrame({"event_id": [f"{user}/{spot:09d}" for user, spot in zip(users, n_before)], "ts": ts, "user_id": users})
             check_leaks(train, asked, kind="events", cut=None if cut is None else cut[place])
+            if cut is not None and len(questions.history.ts) and questions.history.ts.max() >= cut[place]:
+                raise LeakError(f"a history ends at {questions.history.ts.max()}, after the cut at {cut[place]} from which on is asked")
 
 # %% ../../nbs/data/13_sequences.ipynb #00000013
 def _last_asked(whole: Sequences, back: int, rows: np.ndarray) -> Questions:
@@ -344,11 +353,12 @@ def _last_asked(whole: Sequences, back: int, rows: np.ndarray) -> Questions:
 
 
 def leave_last_out(whole: Sequences) -> Split:
-    """Each user's last event for the test, the one before for validation, the rest for training.
+    """Each user's last event for the test, the one before for validation, the rest for training. What is asked is the next event, so sessions are dropped.
 
     Raises:
         SequenceError: If no user has three events.
     """
+    whole = replace(whole, session=None)
     rows = np.flatnonzero(whole.lengths >= 3)
     if not len(rows):
         raise SequenceError(f"no user has three events, one to learn from and two to ask; the longest history has {whole.lengths.max(initial=0)}")
@@ -415,7 +425,7 @@ def reordered(whole: Sequences, how: str, seed: int = 0) -> Sequences:
     Args:
         whole: The histories.
         how: "shuffled", "reversed", "last" (only the last event), "other" (each user gets another user's history) or "moments" (only
-            events of one user and one moment change places: a receipt has no order).
+            events of one visit and one moment change places: a receipt has no order).
         seed: Of the shuffling.
     Raises:
         SequenceError: If the order is unknown.
@@ -431,7 +441,7 @@ def reordered(whole: Sequences, how: str, seed: int = 0) -> Sequences:
         turn[order] = np.roll(order, 1)
         return replace(whole.take(turn), user_ids=whole.user_ids)
     if how == "moments":
-        return whole if whole.ts is None else replace(whole, **whole._of_events(np.lexsort((rng.random(len(whole.items)), whole.ts, whole.user))))
+        return whole if whole.ts is None else replace(whole, **whole._of_events(np.lexsort((rng.random(len(whole.items)), whole.ts, whole.visits[0]))))
     if how not in ("shuffled", "reversed"):
         raise SequenceError(f"how: {how!r}; choose 'shuffled', 'reversed', 'last', 'other' or 'moments'")
     order = np.lexsort((whole.from_end if how == "reversed" else rng.random(len(whole.items)), whole.user))

@@ -57,10 +57,17 @@ def rank_metrics(ranks: np.ndarray, questions: Questions, ks: Sequence[int] = (5
         ranks: Rank of each target, (targets,), from `target_ranks`.
         questions: What was asked.
         ks: Lengths of the page.
-        only: True for each target that counts, (targets,); all if left out. Users without one are left out.
+        only: True for each target that counts, (targets,); all if left out. The others are taken out of the ranking, and users
+            without one that counts are left out.
     Returns:
         One row a user, by user_id; columns recall@k and ndcg@k.
     """
+    if only is not None:
+        order = np.lexsort((ranks, questions.asker))
+        above = np.cumsum(~only[order])
+        begins = np.searchsorted(questions.asker[order], questions.asker[order])
+        ranks = ranks.astype(float)
+        ranks[order] -= above - np.append(0, above)[begins]
     gains = {f"recall@{k}": (ranks <= k).astype(float) for k in ks}
     gains |= {f"ndcg@{k}": np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0) for k in ks}
     table = pd.DataFrame(gains).assign(user_id=questions.history.user_ids[questions.asker])
@@ -117,11 +124,13 @@ class Popularity:
     def scores(self, asked: Questions) -> np.ndarray:
         """Scores of all items, (users, items)."""
         return np.broadcast_to(self.counts, (len(asked), len(self.counts)))
+
+
 class OwnHistory:
     """What this user took before, most and last; then what is popular.
 
     Args:
-        decay: What an event counts against the one after it.
+        decay: What a visit counts against the one after it.
     Source: Li et al. (2023), A next basket recommendation reality check, the baseline P-TopFreq; with a decay.
     """
 
@@ -168,7 +177,7 @@ class ItemKNN(_ItemToItem):
 
     Args:
         neighbours: Most similar items that are kept for each.
-        decay: What an event counts against the one after it.
+        decay: What a visit counts against the one after it.
     Source: Sarwar et al. (2001), Item-based collaborative filtering.
     """
 
@@ -196,10 +205,10 @@ class CoOccurrence(_ItemToItem):
     """What was taken after what, sooner counting more.
 
     Args:
-        gap_decay: What a pair counts against one whose second item came one event sooner.
+        gap_decay: What a pair counts against one whose second item came one visit sooner; below a hundredth it is left out.
         norm: Power of the first item's count that its weights are divided by.
-        decay: What an event of the history counts against the one after it.
-        window: Events after an item that are looked at.
+        decay: What a visit of the history counts against the one after it.
+        window: Visits after an item that are looked at.
     """
 
     def __init__(self, gap_decay: float = 0.7, norm: float = 0.5, decay: float = 0.7, window: int = 50):
@@ -207,14 +216,15 @@ class CoOccurrence(_ItemToItem):
         self.gap_decay, self.norm, self.window = gap_decay, norm, window
 
     def _weights(self, train: Sequences) -> csr_array:
-        n, user = len(train.item_ids), train.user
-        total = csr_array((n, n), dtype=np.float32)
+        n, (visit, begins) = len(train.item_ids), train.visits
+        of_visit = csr_array((np.ones(len(visit), np.float32), (visit, train.items)), shape=(len(begins) - 1, n))
+        total, user = csr_array((n, n), dtype=np.float32), train.user[begins[:-1]]
         for gap in range(1, min(self.window, len(user) - 1) + 1):
-            pairs = np.flatnonzero(user[gap:] == user[:-gap])
-            if not len(pairs):
+            first = np.flatnonzero(user[gap:] == user[:-gap])
+            weight = self.gap_decay ** (gap - 1)
+            if not len(first) or weight < 0.01:
                 break
-            weight = np.full(len(pairs), self.gap_decay ** (gap - 1), np.float32)
-            total += csr_array((weight, (train.items[pairs], train.items[pairs + gap])), shape=(n, n))
+            total += weight * (of_visit[first].T @ of_visit[first + gap])
         count = np.bincount(train.items, minlength=n)
         return csr_array(diags_array((1 / np.maximum(count, 1) ** self.norm).astype(np.float32)) @ total)
 
@@ -224,7 +234,7 @@ class EASE(_ItemToItem):
 
     Args:
         ridge: Weight of the squared weights.
-        decay: What an event of the history counts against the one after it.
+        decay: What a visit of the history counts against the one after it.
     Source: Steck (2019), Embarrassingly shallow autoencoders for sparse data, equation 8.
     """
 
@@ -250,7 +260,7 @@ class ALS:
         factors: Size of the vectors.
         regularisation: Weight of the squared vectors.
         alpha: How much more an event counts than its absence.
-        decay: What an event of a history counts against the one after it when its vector is made.
+        decay: What a visit of a history counts against the one after it when its vector is made.
         seed: Of the first vectors.
     Source: Hu, Koren and Volinsky (2008), Collaborative filtering for implicit feedback datasets.
     """
