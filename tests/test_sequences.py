@@ -1,6 +1,7 @@
 """Histories: whatever the file or the log, the cuts never let training see what is asked."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -109,6 +110,26 @@ def test_a_log_becomes_histories_in_the_order_of_time():
     products = pd.DataFrame({"item_id": ["p", "p"]})
     with pytest.raises(SequenceError, match="item 'p' stands twice"):
         from_events(events, products)
+
+
+def test_prices_read_after_the_cut_are_not_known():
+    events = pd.DataFrame({
+        "event_id": list("abcd"), "ts": [0, 10, 20, 30], "user_id": ["u"] * 4, "session_id": list("stuv"), "kind": ["purchase"] * 4, "item_id": list("pqpq"),
+    })
+    products = pd.DataFrame({
+        "item_id": ["p", "q"], "title": ["", ""], "category": [None, None], "brand": [None, None], "price": [1.0, 2.0], "rating": [4.0, None],
+        "snapshot_ts": pd.array([5, 25], dtype="Int64"),
+    })
+    assert from_events(events, products).attributes.sum() == 3, "two prices and a rating"
+    assert from_events(events, products, known_share=0.5).attributes.toarray().sum(axis=1).tolist() == [2, 0]
+
+
+def test_a_receipt_has_no_order_for_counting():
+    whole = replace(whole_of([[1, 2, 3, 4], [3, 4, 1, 2]]), session=np.array([0, 0, 1, 1, 0, 0, 1, 1]), ts=np.array([5, 5, 7, 7] * 2))
+    for seed in range(5):
+        assert (reordered(whole, "moments", seed).matrix(0.5) != whole.matrix(0.5)).nnz == 0
+    assert whole.matrix(0.5).toarray()[0, 1:5].tolist() == [0.5, 0.5, 1, 1]
+    assert (leave_last_out(whole).test.history.matrix(0.5).toarray()[0, 1:4] == [0.25, 0.5, 1]).all(), "asked for the next event, each is a visit"
 
 
 def test_equal_times_are_no_leak_and_unknown_sessions_are_not_one():

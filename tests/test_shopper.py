@@ -11,9 +11,9 @@ from scipy.sparse import csr_array
 from test_sequences import whole_of
 
 from ecomrec.data.artefacts import ArtefactError
-from ecomrec.data.sequences import Questions, Split, leave_last_out
+from ecomrec.data.sequences import Questions, Split, cut_in_time, leave_last_out
 from ecomrec.model.baselines import rank_metrics, target_ranks
-from ecomrec.model.shopper import Shopper, ShopperConfig, config_of, gap_code, pack, pieces_of, tokens_of, train_shopper
+from ecomrec.model.shopper import Shopper, ShopperConfig, config_of, gap_code, pack, pieces_of, tokens_of, train_shopper, trend_of
 from ecomrec.model.training import Schedule
 
 for_any = settings(deadline=None, max_examples=40)
@@ -142,6 +142,22 @@ def test_what_another_process_lends_is_read_and_never_written():
         part.flags.writeable = False  # as a file in shared memory is; writing there kills the process
     items = Shopper(ShopperConfig(n_items=10, n_attributes=3, dim=8), attributes).items
     assert not np.shares_memory(items.attribute_of.numpy(), attributes.indices) and not np.shares_memory(items.attribute_starts.numpy(), attributes.indptr)
+
+
+def test_the_trend_knows_the_week_and_nothing_later():
+    week = 7 * 86_400_000
+    lists = [[0, 1, 2, 3] for _ in range(60)]  # everybody takes 0 in the first week, 1 in the second and so on
+    whole = replace(whole_of(lists), ts=np.tile(np.arange(4), 60) * 10 * week)
+    found = trend_of(whole, 8)
+    shares = found["trend_periods"] @ found["trend_items"].T
+    assert shares.shape == (32, 10) and found["trend_periods"].shape[1] == 8 and found["trend_clock"].tolist() == [0, week]
+    assert [shares[row].argmax() for row in (5, 15, 25, 31)] == [0, 1, 2, 3]
+    earlier = trend_of(whole.keep(whole.items < 3), 8)
+    assert np.allclose((earlier["trend_periods"] @ earlier["trend_items"].T)[:21], shares[:21], atol=1e-3), "what came later changes nothing"
+    split = cut_in_time(whole, 15 * week, 25 * week)
+    model, _ = train_shopper(split, config_of(split.train, dim=8, start=True), Schedule(epochs=2), masked=False, rows_per_batch=4, progress=False)
+    asked = replace(split.test, ts=np.zeros(60, np.int64))
+    assert model.config.trend == 16 and not np.allclose(model.scores(asked), model.scores(split.test), atol=1e-2)
 
 
 def test_another_catalogue_is_refused():

@@ -68,6 +68,7 @@ def rank_metrics(ranks: np.ndarray, questions: Questions, ks: Sequence[int] = (5
         begins = np.searchsorted(questions.asker[order], questions.asker[order])
         ranks = ranks.astype(float)
         ranks[order] -= above - np.append(0, above)[begins]
+        ranks[~only] = np.inf
     gains = {f"recall@{k}": (ranks <= k).astype(float) for k in ks}
     gains |= {f"ndcg@{k}": np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0) for k in ks}
     table = pd.DataFrame(gains).assign(user_id=questions.history.user_ids[questions.asker])
