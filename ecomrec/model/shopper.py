@@ -493,8 +493,8 @@ class Shopper(nn.Module):
         if config.n_attributes:
             of, starts = weights["items.attribute_of"].numpy(), weights["items.attribute_starts"].numpy()
             attributes = csr_array((np.ones(len(of), np.float32), of, starts), shape=(config.n_items, config.n_attributes))
-        trend = {name: weights[name] for name in ("trend_periods", "trend_items", "trend_clock")} if config.trend else None
-        model = cls(config, attributes, weights["items.text"] if config.text else None, trend=trend)
+        trend = {name: weights[name].numpy() for name in ("trend_periods", "trend_items", "trend_clock")} if config.trend else None
+        model = cls(config, attributes, weights["items.text"].numpy() if config.text else None, trend=trend)
         model.load_state_dict(weights)
         return model.to(device_of_choice()).eval()
 
