@@ -33,7 +33,7 @@ def target_ranks(scores_of: Callable[[Questions], np.ndarray], questions: Questi
         ValueError: If a score is not a number.
     """
     ranks = np.empty(len(questions.target))
-    step = max(1, 2**24 // len(questions.history.item_ids))
+    step = max(1, 2**22 // len(questions.history.item_ids))
     for start in range(0, len(questions), step):
         some = questions.take(np.arange(start, min(start + step, len(questions))))
         scores = np.array(scores_of(some), np.float32)
