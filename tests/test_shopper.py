@@ -149,11 +149,11 @@ def test_the_trend_knows_the_week_and_nothing_later():
     lists = [[0, 1, 2, 3] for _ in range(60)]  # everybody takes 0 in the first week, 1 in the second and so on
     whole = replace(whole_of(lists), ts=np.tile(np.arange(4), 60) * 10 * week)
     found = trend_of(whole, 8)
-    shares = found["trend_periods"] @ found["trend_items"].T
-    assert shares.shape == (32, 10) and found["trend_periods"].shape[1] == 8 and found["trend_clock"].tolist() == [0, week]
+    shares = found["periods"] @ found["items"].T
+    assert shares.shape == (32, 10) and found["periods"].shape[1] == 8 and found["clock"].tolist() == [0, week]
     assert [shares[row].argmax() for row in (5, 15, 25, 31)] == [0, 1, 2, 3]
     earlier = trend_of(whole.keep(whole.items < 3), 8)
-    assert np.allclose((earlier["trend_periods"] @ earlier["trend_items"].T)[:21], shares[:21], atol=1e-3), "what came later changes nothing"
+    assert np.allclose((earlier["periods"] @ earlier["items"].T)[:21], shares[:21], atol=1e-3), "what came later changes nothing"
     split = cut_in_time(whole, 15 * week, 25 * week)
     model, _ = train_shopper(split, config_of(split.train, dim=8, start=True), Schedule(epochs=2), masked=False, rows_per_batch=4, progress=False)
     asked = replace(split.test, ts=np.zeros(60, np.int64))
