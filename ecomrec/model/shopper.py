@@ -87,7 +87,7 @@ def catalogue_of(item_ids: np.ndarray) -> str:
     """A fingerprint of the ids of a catalogue's items, in the order of their codes."""
     return hashlib.sha256("\n".join(map(str, item_ids)).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/model/09_shopper.ipynb #00000007
 class ItemVectors(nn.Module):
     """Vectors of items from their identity, attributes and text.
 
@@ -134,7 +134,7 @@ class ItemVectors(nn.Module):
             vectors = vectors + F.embedding_bag(self.attribute_of, self.attribute, self.attribute_starts[:-1], mode="sum")
         return vectors if self.read_text is None else vectors + self.read_text(self.text)
 
-# %% ../../nbs/model/09_shopper.ipynb #0000000a
+# %% ../../nbs/model/09_shopper.ipynb #0000000b
 def tokens_of(history: Sequences, asked: Questions | None, config: ShopperConfig, seed: Sequence[int] | int = 0) -> pd.DataFrame:
     """The stream of tokens of all users, one row a token.
 
@@ -192,7 +192,7 @@ def gap_code(milliseconds: np.ndarray) -> np.ndarray:
     """Twice the logarithm to base 2 of the seconds that passed, cut off, (events,): 0 is at once, 32 eighteen hours, 50 a year."""
     return np.clip(2 * np.log2(1 + np.maximum(milliseconds, 0) / 1000), 0, N_GAPS - 1).astype(np.int64)
 
-# %% ../../nbs/model/09_shopper.ipynb #00000011
+# %% ../../nbs/model/09_shopper.ipynb #00000012
 def pieces_of(stream: pd.DataFrame, length: int, to_last: bool) -> pd.DataFrame:
     """Cut the stream into pieces that fit into a row.
 
@@ -233,7 +233,7 @@ def pack(pieces: pd.DataFrame, length: int) -> tuple[np.ndarray, np.ndarray, np.
     token = np.repeat(pieces["start"].to_numpy(), size) + within
     return token, np.repeat(first, size) + within, np.repeat(np.arange(len(size)), size), np.repeat(size, size) - 1 - within
 
-# %% ../../nbs/model/09_shopper.ipynb #00000014
+# %% ../../nbs/model/09_shopper.ipynb #00000015
 class Block(nn.Module):
     """Attention beside a filter, then a network at each position.
 
@@ -263,7 +263,7 @@ class Block(nn.Module):
             mixed = mixed + self.share * self.after_filter(x + self.drop(self.filter(x, mask)))
         return self.after_network(mixed + self.drop(self.narrow(F.gelu(self.widen(mixed)))))
 
-# %% ../../nbs/model/09_shopper.ipynb #00000016
+# %% ../../nbs/model/09_shopper.ipynb #00000017
 _POINT, _AGES, _LARGEST = 32, 64, 15.0
 
 
@@ -301,7 +301,7 @@ class Habits(nn.Module):
         first = same.float().argmax(dim=2) == place
         return (total.log1p() * (there & first[:, None, :]))[where], item[:, None, :].expand_as(there)[where]
 
-# %% ../../nbs/model/09_shopper.ipynb #00000018
+# %% ../../nbs/model/09_shopper.ipynb #00000019
 _WEEK = 7 * 86_400_000  # milliseconds
 
 
@@ -348,7 +348,7 @@ class Trend(nn.Module):
         begin, length = self.clock
         return self.strength * self.periods[((moment - begin) // length).clamp(0, len(self.periods) - 1)]
 
-# %% ../../nbs/model/09_shopper.ipynb #0000001a
+# %% ../../nbs/model/09_shopper.ipynb #0000001b
 UNKNOWN = -1e4  # score of an item of which a model knows nothing
 
 
@@ -531,7 +531,7 @@ class Shopper(nn.Module):
         model.load_state_dict(weights)
         return model.to(device_of_choice()).eval()
 
-# %% ../../nbs/model/09_shopper.ipynb #0000001b
+# %% ../../nbs/model/09_shopper.ipynb #0000001c
 class Rows:
     """Packed rows of tokens as tensors, in batches.
 
@@ -585,7 +585,7 @@ class Rows:
             there, found = there & (found >= 0), torch.as_tensor(self.history.query_vectors)[found.clamp(min=0)]
         return found.float() * there[..., None]
 
-# %% ../../nbs/model/09_shopper.ipynb #00000021
+# %% ../../nbs/model/09_shopper.ipynb #00000022
 def config_of(train: Sequences, **sizes: object) -> ShopperConfig:
     """The config that reads all that these histories hold, with habits if one event in a hundred is a repeat.
 
@@ -608,7 +608,7 @@ def _length_of(train: Sequences) -> int:
     longest = np.quantile(train.lengths[train.lengths > 0], 0.95) if len(train.items) else 0
     return int(np.clip(-(-longest // 50) * 50, 50, 200))
 
-
+# %% ../../nbs/model/09_shopper.ipynb #00000023
 def train_shopper(
     split: Split,
     config: ShopperConfig | None = None,
@@ -662,7 +662,7 @@ def train_shopper(
     log = train(model, batches, loss_of, validate if asks else None, schedule, folder, progress, content)
     return model, log
 
-
+# %% ../../nbs/model/09_shopper.ipynb #00000024
 def _content_of(split: Split, config: ShopperConfig, masked: bool) -> str:
     """What a training learns from, and what it is judged by."""
     total = hashlib.sha256(f"{config} masked={masked}".encode())
