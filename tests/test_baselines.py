@@ -100,11 +100,15 @@ def test_als_repeats():
 def test_a_mixture_is_no_worse_than_its_parts():
     split = leave_last_out(LOG)
     good, useless = CoOccurrence().fit(split.train), Popularity().fit(whole_of([[9, 8, 7]]))
-    mixture, log = tuned_mixture({"good": good, "useless": useless}, split.valid, masked=False)
+    mixture, log = tuned_mixture({"good": good, "useless": useless}, split.valid, masked=False, bags=1)
     assert log["added"].iloc[0] == "good" and math.isclose(sum(mixture.weights.values()), 1)
     alone = {name: rank_metrics(target_ranks(Mixture({name: part}, {name: 1.0}).scores, split.valid, False), split.valid, (10,))["ndcg@10"].mean() for name, part in {"good": good, "useless": useless}.items()}
     assert log["ndcg@10"].max() >= max(alone.values()) - 1e-9
     assert isinstance(log, pd.DataFrame) and len(log) == 10
+    bagged, log = tuned_mixture({"good": good, "useless": useless}, split.valid, masked=False)
+    assert len(log) == 50 and math.isclose(sum(bagged.weights.values()), 1)
+    assert log.groupby("bag")["added"].first().nunique() == 2, "here halves of the users differ in which part is the better one"
+    assert set(bagged.weights) == {"good", "useless"} and bagged.weights == tuned_mixture({"good": good, "useless": useless}, split.valid, masked=False)[0].weights
 
 
 @given(st.integers(0, 10**6))

@@ -57,35 +57,46 @@ class Mixture:
         return sum(weight * log_probabilities(self.parts[name], asked) for name, weight in self.weights.items())
 
 # %% ../../nbs/model/10_mixture.ipynb #00000009
-def tuned_mixture(parts: Mapping[str, object], valid: Questions, masked: bool, rounds: int = 10, seed: int = 0) -> tuple[Mixture, pd.DataFrame]:
+def tuned_mixture(
+    parts: Mapping[str, object], valid: Questions, masked: bool, rounds: int = 10, bags: int = 5, seed: int = 0
+) -> tuple[Mixture, pd.DataFrame]:
     """The mixture with the highest nDCG@10 on the validation questions.
 
     Args:
         parts: Fitted recommenders by name.
         valid: The questions that decide; of very many a sample is drawn.
         masked: Whether what stands in the history can be recommended.
-        rounds: Weights are multiples of one over this, or of one over fewer.
-        seed: Of the sample.
+        rounds: Weights of a bag are multiples of one over this, or of one over fewer.
+        bags: Halves of the users whose weights are averaged; with 1 all users decide at once.
+        seed: Of the sample and the bags.
     Returns:
-        The mixture, and one row a round: the part that was added, and ndcg@10 on validation.
-    Source: Caruana et al. (2004), Ensemble selection from libraries of models.
+        The mixture, and by bag and round the part that was added, and ndcg@10 on the bag.
+    Source: Caruana et al. (2004), Ensemble selection from libraries of models, with their bagging.
     """
-    most = max(1, int(4e7) // len(valid.history.item_ids))
+    rng, most = np.random.default_rng(seed), max(1, int(4e7) // len(valid.history.item_ids))
     if len(valid) > most:
-        valid = valid.take(np.sort(np.random.default_rng(seed).choice(len(valid), most, replace=False)))
+        valid = valid.take(np.sort(rng.choice(len(valid), most, replace=False)))
     said = {name: log_probabilities(part, valid) for name, part in parts.items()}
-    row = {user: place for place, user in enumerate(valid.history.user_ids)}
+    place = {user: number for number, user in enumerate(valid.history.user_ids)}
+    logs, weights = {}, []
+    for bag in range(bags):
+        rows = np.arange(len(valid)) if bags == 1 else np.sort(rng.choice(len(valid), max(1, len(valid) // 2), replace=False))
+        asked, total, log = valid.take(rows), np.zeros((len(valid), len(valid.history.item_ids)), np.float32), []
 
-    def quality(scores: np.ndarray) -> float:
-        ranks = target_ranks(lambda some: scores[[row[user] for user in some.history.user_ids]], valid, masked)
-        return float(rank_metrics(ranks, valid, ks=(10,))["ndcg@10"].mean())
+        def quality(name: str) -> float:
+            def scores(some: Questions) -> np.ndarray:
+                found = [place[user] for user in some.history.user_ids]
+                return total[found] + said[name][found]
 
-    total, log = 0.0, []
-    for _ in range(rounds):
-        found = {name: quality(total + values) for name, values in said.items()}
-        name = max(found, key=found.get)
-        total = total + said[name]
-        log.append({"added": name, "ndcg@10": found[name]})
-    table = pd.DataFrame(log, index=pd.RangeIndex(1, rounds + 1, name="round"))
-    best = int(table["ndcg@10"].to_numpy().argmax()) + 1
-    return Mixture(parts, (table["added"].iloc[:best].value_counts() / best).to_dict()), table
+            return float(rank_metrics(target_ranks(scores, asked, masked), asked, ks=(10,))["ndcg@10"].mean())
+
+        for _ in range(rounds):
+            found = {name: quality(name) for name in said}
+            name = max(found, key=found.get)
+            total[rows] += said[name][rows]
+            log.append({"added": name, "ndcg@10": found[name]})
+        logs[bag] = pd.DataFrame(log, index=pd.RangeIndex(1, rounds + 1, name="round"))
+        best = int(logs[bag]["ndcg@10"].to_numpy().argmax()) + 1
+        weights.append(logs[bag]["added"].iloc[:best].value_counts() / best)
+    mean = pd.concat(weights, axis=1).fillna(0).mean(axis=1)
+    return Mixture(parts, mean.to_dict()), pd.concat(logs, names=["bag"])
