@@ -248,7 +248,7 @@ class EASE(_ItemToItem):
         taken.data[:] = 1
         gram = np.asarray((taken.T @ taken).todense(), np.float32)
         gram[np.diag_indices_from(gram)] += self.ridge
-        inverse = inv(gram, overwrite_a=True, check_finite=False, assume_a="pos")
+        inverse = inv(gram, overwrite_a=True, check_finite=False, assume_a="pos").T  # symmetric; now its rows lie together, as products want them
         inverse /= -np.diag(inverse)
         np.fill_diagonal(inverse, 0)
         return inverse
