@@ -79,11 +79,8 @@ def writing(folder: Path | str) -> Iterator[Path]:
         write_json(half / MANIFEST, {path.relative_to(half).as_posix(): sha256(path) for path in files})
         half.chmod(0o755)
         if folder.exists():
-            old = half.with_name(half.name + ".old")
-            os.replace(folder, old)
-            os.replace(half, folder)
-        else:
-            os.replace(half, folder)
+            os.replace(folder, half.with_name(half.name + ".old"))
+        os.replace(half, folder)
         for old in _moved_aside(folder):
             shutil.rmtree(old)
     finally:

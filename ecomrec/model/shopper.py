@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -160,8 +160,9 @@ def tokens_of(history: Sequences, asked: Questions | None, config: ShopperConfig
         at_end = history.last_ts if asked is None or asked.ts is None else asked.ts
         event["moment"] = np.where(ahead < 0, at_end[user], np.append(history.ts[begins[:-1]], 0)[ahead])
         event["gap"] = gap_code(event["moment"] - history.ts)
-    drawn = begins[ahead] + (np.random.default_rng(seed).random(n) * (begins[ahead + 1] - begins[ahead])).astype(np.int64)
-    event["target"] = np.where(ahead < 0, -1, np.append(history.items, -1)[np.where(ahead < 0, n, drawn)])
+    if history.session is not None:
+        drawn = begins[ahead] + (np.random.default_rng(seed).random(n) * (begins[ahead + 1] - begins[ahead])).astype(np.int64)
+        event["target"] = np.append(history.items, -1)[np.where(ahead < 0, n, drawn)]
     parts = [event]
     if config.start or config.profile:
         begin = pd.DataFrame({"user": np.arange(len(history)), "order": -1})
@@ -188,6 +189,8 @@ def tokens_of(history: Sequences, asked: Questions | None, config: ShopperConfig
 
 
 N_GAPS = 64
+
+
 def gap_code(milliseconds: np.ndarray) -> np.ndarray:
     """Twice the logarithm to base 2 of the seconds that passed, cut off, (events,): 0 is at once, 32 eighteen hours, 50 a year."""
     return np.clip(2 * np.log2(1 + np.maximum(milliseconds, 0) / 1000), 0, N_GAPS - 1).astype(np.int64)
@@ -637,20 +640,22 @@ def train_shopper(
     """
     histories = split.train
     config = config or config_of(histories, text=0 if text is None else text.shape[1])
-    if not len(pieces_of(tokens_of(histories, None, config), config.length, to_last=False)):
-        raise ValueError(f"train: nothing to learn from, no history of {len(histories):,} has two events, or two visits where sessions are known")
-    seen = np.bincount(histories.items, minlength=config.n_items) > 0
-    torch.manual_seed(schedule.seed)
-    trend = trend_of(histories, config.trend) if config.trend else None
-    model = Shopper(config, histories.attributes if config.n_attributes else None, text, seen, trend)
     size = rows_per_batch or max(1, (3200 if torch.cuda.is_available() else 800) // config.length)
 
+    @lru_cache(maxsize=1)  # the first epoch is looked at before it is trained on
     def batches(epoch: int) -> Sequence[dict[str, Tensor]]:
         drawn = reordered(histories, "moments", (schedule.seed, epoch))
         stream = tokens_of(drawn, None, config, (schedule.seed, epoch))
         pieces = pieces_of(stream, config.length, to_last=False)
         order = np.random.default_rng((schedule.seed, epoch)).permutation(len(pieces))
         return Rows(drawn, stream, pieces.iloc[order], config, size=size)
+
+    if not len(batches(0)):
+        raise ValueError(f"train: nothing to learn from, no history of {len(histories):,} has two events, or two visits where sessions are known")
+    seen = np.bincount(histories.items, minlength=config.n_items) > 0
+    torch.manual_seed(schedule.seed)
+    trend = trend_of(histories, config.trend) if config.trend else None
+    model = Shopper(config, histories.attributes if config.n_attributes else None, text, seen, trend)
 
     def validate(judged: Shopper) -> float:
         ranks = target_ranks(judged.scores, split.valid, masked)
