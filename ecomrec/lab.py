@@ -198,11 +198,12 @@ def _write_text(path: Path, text: str) -> None:
 
 # %% ../nbs/01_lab.ipynb #0000000b
 def _memory_held() -> int:
-    """Bytes that this process and its children hold now; what several of them share counts for each."""
+    """Bytes that this process and its children hold now; where the system says it (Linux), what they share counts once."""
     me, held = psutil.Process(), 0
     for process in [me, *me.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):  # it has just ended
-            held += process.memory_info().rss
+            info = process.memory_full_info()
+            held += getattr(info, "pss", info.rss)
     return held
 
 
