@@ -1,6 +1,7 @@
 """Counting, ranks and mixtures against their definitions."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -119,3 +120,22 @@ def test_a_perfect_page_earns_one_in_every_slice(seed):
     asked = Questions(LOG, asker, rng.integers(0, 10, 6))
     ranks, only = np.concatenate([1 + rng.permutation((asker == user).sum()) for user in (0, 1)]).astype(float), rng.random(6) < 0.5
     assert np.allclose(rank_metrics(ranks, asked, (3,), only)["ndcg@3"], 1)
+
+
+def test_who_never_saw_an_item_abstains():
+    class Knows:
+        def __init__(self, known, scores):
+            self.known, self.table = np.array(known), np.array(scores, np.float32)
+
+        def scores(self, asked):
+            return np.tile(self.table, (len(asked), 1))
+
+    wide, narrow = Knows([True, True, True, False], [1, 2, 5, 0]), Knows([True, True, False, False], [3, 1, 0, 0])
+    questions = leave_last_out(replace(whole_of([[0, 1, 2]]), item_ids=np.array(list("abcd"), object))).test
+    (scores,) = Mixture({"wide": wide, "narrow": narrow}, {"wide": 0.5, "narrow": 0.5}).scores(questions)
+    of = {name: np.log(part.table / part.table.sum() + 1e-4) for name, part in (("wide", wide), ("narrow", narrow))}
+    assert np.allclose(scores[:2], (of["wide"] + of["narrow"])[:2] / 2, atol=1e-5), "both know these"
+    assert np.isclose(scores[2], of["wide"][2], atol=1e-5), "the vote of one alone"
+    assert scores[3] == scores.min() < -1000, "nobody knows the last"
+    mixture, _ = tuned_mixture({"wide": wide, "narrow": narrow}, replace(questions, target=np.array([2])), masked=False)
+    assert mixture.weights == {"wide": 1.0}

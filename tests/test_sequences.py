@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ecomrec.data.sequences import (
     SequenceError, Sequences, cut_in_time, from_events, leave_last_out, load_sequences, read_lines, reordered,
 )
+from ecomrec.data.splits import LeakError
 
 for_any = settings(deadline=None, max_examples=60)
 histories = st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=1, max_size=6)
@@ -160,3 +161,12 @@ def test_reordered_keeps_what_was_done(lists, seed):
     assert [reordered(whole, "reversed").history(row).tolist() for row in range(len(lists))] == [history[::-1] for history in lists]
     with pytest.raises(SequenceError, match="choose 'shuffled'"):
         reordered(whole, "sideways")
+
+
+def test_a_history_that_goes_on_after_the_cut_is_refused():
+    whole = replace(whole_of([[1, 2, 3, 4]] * 3), ts=np.tile(np.arange(4), 3))
+    split = cut_in_time(whole, 2, 3)
+    split.check((2, 3))
+    late = replace(split, test=replace(split.test, history=whole, ts=np.full(3, 4)))
+    with pytest.raises(LeakError, match="event of a history after the cut"):
+        late.check((2, 3))

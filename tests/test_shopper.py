@@ -1,6 +1,7 @@
 """The shopper: packing loses and mixes nothing; new items and new users have a place; saved is loaded."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -148,16 +149,40 @@ def test_the_trend_knows_the_week_and_nothing_later():
     week = 7 * 86_400_000
     lists = [[0, 1, 2, 3] for _ in range(60)]  # everybody takes 0 in the first week, 1 in the second and so on
     whole = replace(whole_of(lists), ts=np.tile(np.arange(4), 60) * 10 * week)
-    found = trend_of(whole, 8)
-    shares = found["periods"] @ found["items"].T
-    assert shares.shape == (32, 10) and found["periods"].shape[1] == 8 and found["clock"].tolist() == [0, week]
-    assert [shares[row].argmax() for row in (5, 15, 25, 31)] == [0, 1, 2, 3]
-    earlier = trend_of(whole.keep(whole.items < 3), 8)
-    assert np.allclose((earlier["periods"] @ earlier["items"].T)[:21], shares[:21], atol=1e-3), "what came later changes nothing"
+    found = trend_of(whole)
+    assert found["shares"].shape == (32, 10) and found["clock"].tolist() == [0, week]
+    assert [found["shares"][row].argmax() for row in (5, 15, 25, 31)] == [0, 1, 2, 3]
     split = cut_in_time(whole, 15 * week, 25 * week)
     model, _ = train_shopper(split, config_of(split.train, dim=8, start=True), Schedule(epochs=2), masked=False, rows_per_batch=4, progress=False)
     asked = replace(split.test, ts=np.zeros(60, np.int64))
-    assert model.config.trend == 16 and not np.allclose(model.scores(asked), model.scores(split.test), atol=1e-2)
+    assert model.config.trend == len(trend_of(split.train)["shares"]) == 22 and not np.allclose(model.scores(asked), model.scores(split.test), atol=1e-2)
+    with pytest.raises(ValueError, match="trend is 3, see ShopperConfig"):
+        ShopperConfig(n_items=10, trend=3)
+
+
+def test_no_row_of_the_trend_moves_with_what_is_sold_after_it():
+    rng, week = np.random.default_rng(0), 7 * 86_400_000
+    whole = whole_of([rng.integers(0, 10, 50).tolist() for _ in range(40)])
+    whole = replace(whole, ts=np.tile(np.arange(50), 40) * week)
+    before = whole.keep(whole.ts < 30 * week)
+    assert np.array_equal(trend_of(before)["shares"], trend_of(whole)["shares"][:31])
+
+
+def test_the_order_of_a_receipt_says_nothing_of_the_target_that_is_drawn():
+    """Two things of one moment, then two in a row: each of the first is followed by each of the second as often."""
+    whole = replace(whole_of([[0, 1, 2, 3]]), ts=np.array([0, 0, 10, 20]), session=np.array([0, 0, 1, 1]))
+    config, nothing = ShopperConfig(n_items=10, times=True, dim=8), leave_last_out(whole_of([[1, 2, 3]])).valid.take(np.arange(0))
+    drawn = []
+
+    def follow(history, asked, sizes, seed):
+        found = tokens_of(history, asked, sizes, seed)
+        drawn.append(found.set_index("item")["target"].loc[[0, 1]].to_numpy())
+        return found
+
+    with patch("ecomrec.model.shopper.tokens_of", follow):
+        train_shopper(Split(whole, nothing, nothing), config, Schedule(epochs=400, average=0.0, patience=400), progress=False)
+    early = (np.array(drawn) == 2).mean(axis=0)
+    assert np.abs(early - 0.5).max() < 0.1, "four standard deviations"
 
 
 def test_another_catalogue_is_refused():

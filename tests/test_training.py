@@ -23,17 +23,28 @@ SCRIPT = """
 import os
 import sys
 import numpy as np
+from dataclasses import replace
 from pathlib import Path
+from scipy.sparse import csr_array
 sys.path.insert(0, {tests!r})
 from test_sequences import whole_of
-from ecomrec.data.sequences import leave_last_out
+from ecomrec.data.sequences import cut_in_time, leave_last_out
 from ecomrec.model.shopper import config_of, train_shopper
 from ecomrec.model.training import Schedule
 import torch
 
 rng = np.random.default_rng(0)
-split = leave_last_out(whole_of([rng.integers(0, 10, 6).tolist() for _ in range(400)]))
+whole = whole_of([rng.integers(0, 10, 6).tolist() for _ in range(400)])
+if {receipts}:  # visits, times, habits, the trend, attributes, kinds
+    n = len(whole.items)
+    whole = replace(
+        whole, ts=np.tile(np.array([0, 0, 1, 2, 3, 3]), 400) * 86_400_000, session=np.arange(n) // 2, kind=rng.integers(0, 2, n), attributes=csr_array(np.eye(10, 4, dtype=np.float32)),
+    )
+    split = cut_in_time(whole, 2 * 86_400_000, 3 * 86_400_000)
+else:
+    split = leave_last_out(whole)
 config = config_of(split.train, dim=16, heads=2, dropout={dropout})
+assert not {receipts} or (config.habit and config.trend and config.n_kinds and config.n_attributes)
 schedule = Schedule(epochs={epochs}, patience=9, save_every=0.05, precision={precision!r})
 own_disk = sys.argv[1] + os.environ.get("RANK", "0")
 model, log = train_shopper(split, config, schedule, folder=own_disk, rows_per_batch=2, progress=False)
@@ -44,9 +55,9 @@ if torch.distributed.is_initialized():
 """
 
 
-def script(folder, dropout: float = 0.5, epochs: int = 6, precision: str = "auto") -> str:
+def script(folder, dropout: float = 0.5, epochs: int = 6, precision: str = "auto", receipts: bool = False) -> str:
     path = folder / "script.py"
-    path.write_text(SCRIPT.format(tests=os.path.dirname(__file__), dropout=dropout, epochs=epochs, precision=precision))
+    path.write_text(SCRIPT.format(tests=os.path.dirname(__file__), dropout=dropout, epochs=epochs, precision=precision, receipts=receipts))
     return str(path)
 
 
@@ -54,8 +65,9 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_kill_9_in_the_middle_of_an_epoch_changes_nothing(tmp_path):
-    command = [sys.executable, script(tmp_path)]
+@pytest.mark.parametrize("receipts", [False, True])
+def test_kill_9_in_the_middle_of_an_epoch_changes_nothing(tmp_path, receipts):
+    command = [sys.executable, script(tmp_path, epochs=12 if receipts else 6, receipts=receipts)]
     subprocess.run([*command, tmp_path / "a", tmp_path / "whole"], check=True)
     for _ in range(2):  # killed twice, at moments that the clock chooses
         process = subprocess.Popen([*command, tmp_path / "b", tmp_path / "resumed"])

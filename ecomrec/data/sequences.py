@@ -247,7 +247,7 @@ def from_events(
     kinds: Sequence[str] = ("purchase",),
     known_share: float = 1.0,
 ) -> Sequences:
-    """Histories from a log: the events of these kinds that have a user and an item, in the order of (ts, event_id).
+    """Histories from a log: the events of these kinds that have a user and an item, in the order of (ts, session_id, event_id).
 
     Args:
         events: By the contract `clean`.
@@ -343,7 +343,8 @@ class Split:
             asked = pd.DataFrame({"event_id": [f"{user}/{spot:09d}" for user, spot in zip(users, n_before)], "ts": ts, "user_id": users})
             check_leaks(train, asked, kind="events", cut=None if cut is None else cut[place])
             if cut is not None and len(questions.history.ts) and questions.history.ts.max() >= cut[place]:
-                raise LeakError(f"a history ends at {questions.history.ts.max()}, after the cut at {cut[place]} from which on is asked")
+                late = questions.history.frame().query("ts >= @cut[@place]")
+                raise LeakError({"event of a history after the cut": late[["event_id", "ts"]].to_records(index=False).tolist()}, f"cut histories before {cut[place]}")
 
 # %% ../../nbs/data/13_sequences.ipynb #00000013
 def _last_asked(whole: Sequences, back: int, rows: np.ndarray) -> Questions:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from ..data.artefacts import verify, write_json, writing
 from ..data.sequences import Questions, Sequences, Split, reordered
 from ..data.tables import KINDS
 from .attention import LowHighPass, SelfAttention, causal_mask
-from .baselines import rank_metrics, target_ranks
+from .baselines import quality_of
 from .softmax import catalogue_loss
 from .training import Schedule, check_ranges, device_of_choice, train
 
@@ -54,7 +54,7 @@ class ShopperConfig:
         dropout: Everywhere, while training.
         length: Tokens of a history that are read, the last ones; also the length of a row.
         habit: Add to the score of each item of the history a number of its own.
-        trend: Size of the table of what is popular when; 0 leaves it out.
+        trend: Periods of the table of what is popular when, from `trend_of`; 0 leaves it out.
         catalogue: Fingerprint of the items' ids, from `catalogue_of`; another catalogue is refused. Any is taken if empty.
     """
 
@@ -79,7 +79,8 @@ class ShopperConfig:
     catalogue: str = ""
 
     def __post_init__(self):
-        ranges = {"n_items": self.n_items >= 1, "layers": self.layers >= 1, "length": self.length >= 2, "filter_share": 0 <= self.filter_share <= 1, "dropout": 0 <= self.dropout < 1}
+        ranges = {"n_items": self.n_items >= 1, "layers": self.layers >= 1, "length": self.length >= 2, "filter_share": 0 <= self.filter_share <= 1, "dropout": 0 <= self.dropout < 1,
+                  "trend": self.trend == 0 or self.times}
         check_ranges(self, ranges)
 
 
@@ -308,29 +309,31 @@ class Habits(nn.Module):
 _WEEK = 7 * 86_400_000  # milliseconds
 
 
-def trend_of(train: Sequences, size: int) -> dict[str, np.ndarray]:
-    """What is popular when: the logarithm of each item's share of the recent events, as a product of two small tables.
+def _clock_of(train: Sequences) -> np.ndarray:
+    """The first event and the length of a period, milliseconds, (2,)."""
+    span = int(np.ptp(train.ts)) if len(train.ts) else 0
+    return np.array([train.ts.min(initial=2**62), max(1, int(np.clip(_WEEK, span // 60, span // 20)))])
 
-    Periods are weeks, or a twentieth of a shorter log. A period counts what was taken before it began, an event half as much as
-    one of the period after; half an event is added to each item.
+
+def trend_of(train: Sequences) -> dict[str, np.ndarray]:
+    """What is popular when: the logarithm of each item's share of the recent events.
+
+    Periods are weeks, or at least a sixtieth and at most a twentieth of the log. A period counts what was taken before it began, an
+    event half as much as one of the period after; half an event is added to each item.
 
     Args:
         train: Histories with times.
-        size: Columns of the tables.
     Returns:
-        periods (periods, size) and items (items, size), whose product is about log(share x items); the last period begins after
-        the last event. clock (2,): the first event, and the length of a period, milliseconds.
+        shares (periods, items): log(share x items), where the last period begins after the last event. clock (2,): the first event,
+        and the length of a period, milliseconds.
     """
-    begin, length = train.ts.min(), max(1, min(_WEEK, int(np.ptp(train.ts)) // 20))
+    begin, length = clock = _clock_of(train)
     period, n = (train.ts - begin) // length, len(train.item_ids)
     counts = csr_array((np.ones(len(period)), (period + 1, train.items)), shape=(period.max() + 2, n)).toarray()
     for number in range(1, len(counts)):
         counts[number] += counts[number - 1] / 2
     shares = np.log(n * (counts + 0.5) / (counts + 0.5).sum(axis=1, keepdims=True))
-    left, strength, right = np.linalg.svd(shares, full_matrices=False)
-    tables = {"periods": (left * strength)[:, :size], "items": right[:size].T}
-    wider = ((0, 0), (0, max(0, size - len(strength))))  # where the log has fewer periods or items than that
-    return {name: np.pad(table, wider).astype(np.float32) for name, table in tables.items()} | {"clock": np.array([begin, length])}
+    return {"shares": shares.astype(np.float32), "clock": clock}
 
 
 class Trend(nn.Module):
@@ -347,9 +350,9 @@ class Trend(nn.Module):
             self.register_buffer(name, torch.as_tensor(np.array(table)))
 
     def forward(self, moment: Tensor) -> Tensor:
-        """The shoppers' columns, (places, size), at moments in milliseconds since the epoch, (places,); the items' are `items`."""
-        begin, length = self.clock
-        return self.strength * self.periods[((moment - begin) // length).clamp(0, len(self.periods) - 1)]
+        """The shoppers' columns, (places, periods), at moments in milliseconds since the epoch, (places,); the items' are `shares`."""
+        (begin, length), n = self.clock, len(self.shares)
+        return self.strength * F.one_hot(((moment - begin) // length).clamp(0, n - 1), n)
 
 # %% ../../nbs/model/09_shopper.ipynb #0000001b
 UNKNOWN = -1e4  # score of an item of which a model knows nothing
@@ -373,7 +376,7 @@ class Shopper(nn.Module):
         trend: Mapping[str, np.ndarray] | None = None,
     ):
         super().__init__()
-        for name, value, width in [("attributes", attributes, config.n_attributes), ("text", text, config.text), ("trend", trend and trend["items"], config.trend)]:
+        for name, value, width in [("attributes", attributes, config.n_attributes), ("text", text, config.text), ("trend", trend and trend["shares"].T, config.trend)]:
             found = None if value is None else value.shape
             if width and found != (config.n_items, width):
                 raise ValueError(f"{name}: the config says {(config.n_items, width)}, and it is {found}")
@@ -419,7 +422,7 @@ class Shopper(nn.Module):
 
     def offered(self, vectors: Tensor) -> Tensor:
         """The items' side of the inner product: their vectors, beside their columns of the trend, (items, dim + trend)."""
-        return vectors if self.trend is None else torch.cat([vectors, self.trend.items], dim=1)
+        return vectors if self.trend is None else torch.cat([vectors, self.trend.shares.T], dim=1)
 
     def asking(self, batch: dict[str, Tensor], x: Tensor, vectors: Tensor, where: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The shoppers' side at some places.
@@ -523,13 +526,13 @@ class Shopper(nn.Module):
 
     @classmethod
     def of_weights(cls, config: ShopperConfig, weights: dict[str, Tensor | np.ndarray]) -> "Shopper":
-        """A shopper from its config and its state, on the device of choice."""
-        weights = {name: torch.as_tensor(value) for name, value in weights.items()}
+        """A shopper from its config and its state, such as `trained_weights` hands over, on the device of choice."""
+        weights = {name: torch.as_tensor(value) for name, value in weights.items() if name != "log"}
         attributes = None
         if config.n_attributes:
             of, starts = weights["items.attribute_of"].numpy(), weights["items.attribute_starts"].numpy()
             attributes = csr_array((np.ones(len(of), np.float32), of, starts), shape=(config.n_items, config.n_attributes))
-        trend = {name: weights[f"trend.{name}"].numpy() for name in ("periods", "items", "clock")} if config.trend else None
+        trend = {name: weights[f"trend.{name}"].numpy() for name in ("shares", "clock")} if config.trend else None
         model = cls(config, attributes, weights["items.text"].numpy() if config.text else None, trend=trend)
         model.load_state_dict(weights)
         return model.to(device_of_choice()).eval()
@@ -601,9 +604,13 @@ def config_of(train: Sequences, **sizes: object) -> ShopperConfig:
         "n_kinds": 0 if train.kind is None else len(KINDS), "times": train.ts is not None,
         "query": 0 if train.query is None else train.query_vectors.shape[1], "context": 0 if train.context is None else train.context.shape[1],
         "profile": 0 if train.profile is None else train.profile.shape[1],
-        "length": _length_of(train), "trend": 0 if train.ts is None else 16, "habit": train.repeats >= 0.01, "catalogue": catalogue_of(train.item_ids),
+        "length": _length_of(train), "habit": train.repeats >= 0.01, "catalogue": catalogue_of(train.item_ids),
     }
-    return ShopperConfig(**(found | sizes))
+    found |= sizes
+    if found["times"] and "trend" not in sizes:
+        begin, length = _clock_of(train)
+        found["trend"] = int((train.ts.max(initial=begin) - begin) // length) + 2
+    return ShopperConfig(**found)
 
 
 def _length_of(train: Sequences) -> int:
@@ -645,36 +652,40 @@ def train_shopper(
     @lru_cache(maxsize=1)  # the first epoch is looked at before it is trained on
     def batches(epoch: int) -> Sequence[dict[str, Tensor]]:
         drawn = reordered(histories, "moments", (schedule.seed, epoch))
-        stream = tokens_of(drawn, None, config, (schedule.seed, epoch))
+        stream = tokens_of(drawn, None, config, (schedule.seed, epoch, 1))  # each draw has a stream of its own
         pieces = pieces_of(stream, config.length, to_last=False)
-        order = np.random.default_rng((schedule.seed, epoch)).permutation(len(pieces))
+        order = np.random.default_rng((schedule.seed, epoch, 2)).permutation(len(pieces))
         return Rows(drawn, stream, pieces.iloc[order], config, size=size)
 
     if not len(batches(0)):
         raise ValueError(f"train: nothing to learn from, no history of {len(histories):,} has two events, or two visits where sessions are known")
     seen = np.bincount(histories.items, minlength=config.n_items) > 0
     torch.manual_seed(schedule.seed)
-    trend = trend_of(histories, config.trend) if config.trend else None
+    trend = trend_of(histories) if config.trend else None
     model = Shopper(config, histories.attributes if config.n_attributes else None, text, seen, trend)
 
     def validate(judged: Shopper) -> float:
-        ranks = target_ranks(judged.scores, split.valid, masked)
-        return rank_metrics(ranks, split.valid, ks=(10,))["ndcg@10"].mean()
+        return quality_of(judged.scores, split.valid, masked)
 
     asks = len(split.valid.target) > 0
     loss_of = partial(Shopper.loss, precision=schedule.precision)
-    content = f"{_content_of(split, config, masked)} rows={size}"
+    content = f"{_content_of(split.train, split.valid, config, masked, text)} rows={size}"
     log = train(model, batches, loss_of, validate if asks else None, schedule, folder, progress, content)
     return model, log
 
 # %% ../../nbs/model/09_shopper.ipynb #00000024
-def _content_of(split: Split, config: ShopperConfig, masked: bool) -> str:
-    """What a training learns from, and what it is judged by."""
-    total = hashlib.sha256(f"{config} masked={masked}".encode())
-    for owner, part in [(split.train, field.name) for field in fields(Sequences)] + [(split.valid, "asker"), (split.valid, "target")]:
-        values = getattr(owner, part)
-        if values is not None and part not in ("item_ids", "user_ids", "titles"):
-            total.update(values.data.tobytes() + values.indices.tobytes() if isinstance(values, csr_array) else values.tobytes())
+def _content_of(*parts: object) -> str:
+    """A fingerprint of what a training learns from and is judged by: arrays, and records that hold them."""
+    total = hashlib.sha256()
+    for part in parts:
+        if is_dataclass(part) and not isinstance(part, ShopperConfig):
+            total.update(_content_of(*(getattr(part, field.name) for field in fields(part) if field.name not in ("user_ids", "titles"))).encode())
+        elif isinstance(part, csr_array):
+            total.update(_content_of(part.data, part.indices, part.indptr).encode())
+        elif isinstance(part, np.ndarray) and part.dtype != object:
+            total.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
+        else:
+            total.update(catalogue_of(part).encode() if isinstance(part, np.ndarray) else repr(part).encode())
     return total.hexdigest()
 
 
@@ -685,6 +696,6 @@ def trained_weights(
 
     A training that was killed goes on from its checkpoint among `checkpoints`, where each training has a folder.
     """
-    name = hashlib.sha256(f"{_content_of(split, config, masked)} {schedule}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{_content_of(split.train, split.valid, config, masked, text)} {schedule}".encode()).hexdigest()[:16]
     model, log = train_shopper(split, config, schedule, masked, text, None if checkpoints is None else Path(checkpoints, name), progress=False)
     return {name: value.cpu().numpy() for name, value in model.state_dict().items()} | {"log": log}

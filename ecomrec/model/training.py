@@ -57,7 +57,7 @@ class Schedule:
         patience: Epochs without a better validation after which it stops.
         precision: "float32", "bfloat16" (autocast), or "auto": bfloat16 on a GPU that has it. A softmax over the catalogue is told the same, and
             takes "auto" as bfloat16 on a processor that has it, too.
-        seed: Of dropout; batches have their own.
+        seed: Of dropout; `train_shopper` draws the first weights, the order of the histories and the targets by it, too.
         save_every: Seconds between two checkpoints within an epoch; there is one after each epoch in any case.
     Raises:
         ValueError: If a number is out of its range.

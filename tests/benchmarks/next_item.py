@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ecomrec.data.artefacts import write_json
 from ecomrec.data.sequences import Questions, Split, leave_last_out, load_sequences
 from ecomrec.lab import _hardware, _versions
-from ecomrec.model.baselines import rank_metrics, target_ranks
+from ecomrec.model.baselines import quality_of, target_ranks
 from ecomrec.model.shopper import Shopper, config_of, train_shopper
 from ecomrec.model.text import has_bfloat16
 from ecomrec.model.training import Schedule, train
@@ -116,7 +116,7 @@ def epochs_of(split: Split, n: int) -> dict[str, float]:
 
 def quality(model: nn.Module, split: Split) -> float:
     """Validation nDCG@10, masked."""
-    return float(rank_metrics(target_ranks(model.scores, split.valid, True), split.valid, (10,))["ndcg@10"].mean())
+    return quality_of(model.scores, split.valid, True)
 
 
 def race(split: Split, goal: float, epochs: int) -> dict[str, dict[str, float]]:
