@@ -138,7 +138,7 @@ def test_an_uphill_import_is_seen_however_it_is_written():
 
 
 def test_package_does_not_need_its_development_tools():
-    tools = r"^\s*(?:from|import) (nbdev|execnb|fastcore|pytest|hypothesis|sphinx|playwright)\b"
+    tools = r"^\s*(?:from|import) (nbdev|execnb|fastcore|pytest|hypothesis|obp|sphinx|playwright)\b"
     assert [str(p) for p in PACKAGE.rglob("*.py") if re.search(tools, p.read_text(), re.MULTILINE)] == []
 
 

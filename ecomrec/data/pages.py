@@ -94,6 +94,19 @@ def _propensities(rates: np.ndarray, pages: np.ndarray, step: float) -> np.ndarr
     return out
 
 # %% ../../nbs/data/03_pages.ipynb #0000001d
+def _check_pages(scores: np.ndarray, pages: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scores in units of the temperature and pages as an array; complain about what is no page of these candidates."""
+    pages = np.asarray(pages)
+    if pages.ndim != 2 or len(pages) != len(scores):
+        raise ValueError(f"pages must be (requests, k) with {len(scores)} requests, not of shape {pages.shape}")
+    scores = _check_scores(scores, pages.shape[1], temperature)
+    if pages.size and (pages.min() < 0 or pages.max() >= scores.shape[1]):
+        raise ValueError(f"pages: candidates go from 0 to {scores.shape[1] - 1}, found {pages.min()} to {pages.max()}")
+    if (np.diff(np.sort(pages, axis=1), axis=1) == 0).any():
+        raise ValueError("pages: a page shows the same candidate twice")
+    return scores, pages
+
+
 def page_propensities(scores: np.ndarray, pages: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Exact probability that each shown item stands where it stands, under the Plackett-Luce policy of these scores.
 
@@ -110,18 +123,11 @@ def page_propensities(scores: np.ndarray, pages: np.ndarray, temperature: float 
         ValueError: If a page holds an item twice or one that was not offered, or scores span over 500 temperatures.
     Source: Exponential clocks, derived in the notebook; a Poisson-binomial count under double exponential quadrature.
     """
-    pages = np.asarray(pages)
-    if pages.ndim != 2 or len(pages) != len(scores):
-        raise ValueError(f"pages must be (requests, k) with {len(scores)} requests, not of shape {pages.shape}")
-    scores = _check_scores(scores, pages.shape[1], temperature)
+    scores, pages = _check_pages(scores, pages, temperature)
     if len(pages) == 0:
         return np.empty(pages.shape)
-    if pages.min() < 0 or pages.max() >= scores.shape[1]:
-        raise ValueError(f"pages: candidates go from 0 to {scores.shape[1] - 1}, found {pages.min()} to {pages.max()}")
     if not np.isfinite(np.take_along_axis(scores, pages, axis=1)).all():
         raise ValueError("pages: a shown candidate has score -inf, so it was not offered")
-    if (np.diff(np.sort(pages, axis=1), axis=1) == 0).any():
-        raise ValueError("pages: a page shows the same candidate twice")
     logs = scores - scores.max(1, keepdims=True)
     if logs[np.isfinite(logs)].min() < -500:
         raise ValueError("scores span over 500 temperatures: such a policy hardly draws at all; raise the temperature")

@@ -59,6 +59,7 @@ _UBI = f"{_RAW}/o19s/chorus-opensearch-edition/c44e637a70bc350a3d2f73736528ecfde
 _RETAIL = f"{_RAW}/BenJMcCarty/UCI_Dataset_Online_Retail/15986919cc97e40bc4bcfd61a63eb837f31d45c5/data/"
 _JOURNEY = f"{_RAW}/bradleyboehmke/completejourney/5b5d06192b9856edd04e4d405787af2f2e4a1fef/data/"
 _OTTO = f"{_RAW}/otto-de/recsys-dataset/f404284240ac654d0b924b2fabec0aea7b23f168/test/resources/"
+_BANDIT = f"{_RAW}/st-tech/zr-obp/8cbd5fa4558b7ad2ba4781546d6604e4cc3e07c4/obd/"
 _ZIPS, _KATAS = "data-encoder/ecommerce/vectors/data", "katas/Broad_Query_Set"
 _CHORUS_FILES = {
     f"{_ZIPS}/1.json.zip": "15b622a11a6267aa0c450919a84b0fc41d7748db552f4c9c0e04167bbc7c38cb",
@@ -80,6 +81,12 @@ _JOURNEY_FILES = {
     "transactions_sample.rda": "3abc5ec5a86c25913564a22314ea9ad2ab98160ebe77ee99672e0378929f0a03",
     "products.rda": "a80c6df33623b4af296ae9f317a6647e369db7e8ce7e7baed0e1bf44b9d979e5",
     "demographics.rda": "8b80455bc841003b64e47f5e5c2221f6093b995e923d59e72a1f852c7e268980",
+}
+_BANDIT_FILES = {  # by policy and campaign
+    ("random", "men"): "ede6d08c6877f99cd3770f7d09e26c738e6aa6de4445ccccfb1356ba5d06b1eb",
+    ("random", "women"): "e65f3bd3beb17664fa69cc129bf7bf852a775f8ffa630506e505fc905315bb34",
+    ("bts", "men"): "db6d1f7ed2d591ba521533e45286d4c1fba7fe57a8ad2e80342210335f43c527",
+    ("bts", "women"): "e5d1b49a39b608585a2f3014a3f54970430cd37a495c1b73fceb85cdf428a5b8",
 }
 SOURCES: dict[str, Source] = {
     "shop": Source(
@@ -133,6 +140,13 @@ SOURCES: dict[str, Source] = {
         "Wayfair, 42,994 products, 480 queries, 233,448 judgements (not pinned: fetch it yourself)", "MIT",
         "https://github.com/wayfair/WANDS (folder dataset)", "label.csv",
     ),
+} | {
+    f"obd_{policy}_{campaign}": Source(
+        f"Open Bandit, {campaign}: 10,000 impressions by the {policy} policy with their propensities, see feedback.offpolicy",
+        "CC BY 4.0", "https://github.com/st-tech/zr-obp", f"{campaign}.csv", f"{_BANDIT}{policy}/{campaign}/",
+        {f"{campaign}.csv": digest}, f"obd/{policy}/{campaign}",
+    )
+    for (policy, campaign), digest in _BANDIT_FILES.items()
 }
 
 # %% ../../nbs/data/07_sources.ipynb #00000007
