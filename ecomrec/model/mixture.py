@@ -34,7 +34,7 @@ def log_probabilities(part: object, asked: Questions) -> np.ndarray:
     return scores.div_(scores.sum(dim=1, keepdim=True).clamp(min=1e-12)).add_(_FLOOR).log_().numpy()
 
 
-def _known(part: object) -> np.ndarray:
+def _knows(part: object) -> np.ndarray:
     """1 for each item of which a part knows something, 0 where it abstains, (items,)."""
     return (~part.items.nothing.cpu().numpy() if isinstance(part, Shopper) else part.known).astype(np.float32)
 
@@ -65,7 +65,7 @@ class Mixture:
 
     def scores(self, asked: Questions) -> np.ndarray:
         """Scores of all items, (users, items)."""
-        known = {name: weight * _known(self.parts[name]) for name, weight in self.weights.items()}
+        known = {name: weight * _knows(self.parts[name]) for name, weight in self.weights.items()}
         return _shared(sum(known[name] * log_probabilities(self.parts[name], asked) for name in known), sum(known.values()))
 
 # %% ../../nbs/model/10_mixture.ipynb #00000009
@@ -88,7 +88,7 @@ def tuned_mixture(
     rng, most = np.random.default_rng(seed), max(1, int(4e7) // len(valid.history.item_ids))
     if len(valid) > most:
         valid = valid.take(np.sort(rng.choice(len(valid), most, replace=False)))
-    knows = {name: _known(part) for name, part in parts.items()}
+    knows = {name: _knows(part) for name, part in parts.items()}
     said = {name: log_probabilities(part, valid) * knows[name] for name, part in parts.items()}
     place = {user: number for number, user in enumerate(valid.history.user_ids)}
     logs, weights = {}, []
