@@ -97,6 +97,11 @@ class Sequences:
         return 1 - len(np.unique(self.user.astype(np.int64) * len(self.item_ids) + self.items)) / max(len(self.items), 1)
 
     @property
+    def counts(self) -> np.ndarray:
+        """Number of events of each item, (items,)."""
+        return np.bincount(self.items, minlength=len(self.item_ids))
+
+    @property
     def visits(self) -> tuple[np.ndarray, np.ndarray]:
         """Number of the visit of each event, (events,), and place of each visit's first event and the number of all events, (visits + 1,).
 
@@ -343,8 +348,8 @@ class Split:
             asked = pd.DataFrame({"event_id": [f"{user}/{spot:09d}" for user, spot in zip(users, n_before)], "ts": ts, "user_id": users})
             check_leaks(train, asked, kind="events", cut=None if cut is None else cut[place])
             if cut is not None and len(questions.history.ts) and questions.history.ts.max() >= cut[place]:
-                late = questions.history.frame().query("ts >= @cut[@place]")
-                raise LeakError({"event of a history after the cut": late[["event_id", "ts"]].to_records(index=False).tolist()}, f"cut histories before {cut[place]}")
+                late = questions.history.keep(questions.history.ts >= cut[place]).frame()[["event_id", "ts"]]
+                raise LeakError({"event of a history after the cut": late.to_records(index=False).tolist()}, f"cut histories before {cut[place]}")
 
 # %% ../../nbs/data/13_sequences.ipynb #00000013
 def _last_asked(whole: Sequences, back: int, rows: np.ndarray) -> Questions:

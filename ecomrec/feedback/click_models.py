@@ -88,6 +88,11 @@ class ClickLog:
     def __len__(self) -> int:
         return len(self.pair)
 
+    @property
+    def shown(self) -> np.ndarray:
+        """How often each pair was shown, (pairs,)."""
+        return np.bincount(self.pair[self.pair >= 0], minlength=len(self.pairs))
+
     def take(self, rows: np.ndarray) -> "ClickLog":
         """Some of the pages, with the same codes."""
         return ClickLog(self.pair[rows], self.clicks[rows], self.pairs, self.requests[rows], self.left_out)
@@ -210,7 +215,22 @@ class ClickModel:
         history: Log-likelihood after each kept step, in nats.
     """
 
-    spread = 0.0
+    spread, _most = 0.0, 3000
+
+    def fit(self, log: ClickLog, most: int | None = None, tol: float = 1e-7, progress: bool = False) -> "ClickModel":
+        """Learn how people read, and the attraction of each pair.
+
+        Args:
+            log: The pages.
+            most: Steps of EM at most; if left out 3,000, or 600 for the models that read from the top.
+            tol: Stop when three steps gain less than this share of the log-likelihood.
+            progress: Show a bar.
+        Raises:
+            ClickLogError: If nothing was clicked, or a model that reads from the top finds no page with pairs that were shown often enough.
+        """
+        _check_fit(log)
+        self._learn(log, self._most if most is None else most, tol, progress)
+        return self
 
     @property
     def attraction(self) -> np.ndarray:
@@ -344,18 +364,7 @@ class PositionBased(ClickModel):
     def __init__(self, rare: int = 300):
         self.rare = rare
 
-    def fit(self, log: ClickLog, most: int = 3000, tol: float = 1e-7, progress: bool = False) -> "PositionBased":
-        """Learn the curve, and each pair's attraction.
-
-        Args:
-            log: The pages.
-            most: Steps of EM at most.
-            tol: Stop when three steps gain less than this share of the log-likelihood.
-            progress: Show a bar.
-        Raises:
-            ClickLogError: If nothing was clicked.
-        """
-        _check_fit(log)
+    def _learn(self, log: ClickLog, most: int, tol: float, progress: bool) -> None:
         own, counts, history, which, times = _histories(log, self.rare)
         k, rate = log.pair.shape[1], log.clicks.sum() / (log.pair >= 0).sum()
         trust = np.where(np.arange(k) < k - 1, 0.05, 0.0) if self._trusting else np.zeros(k)
@@ -363,7 +372,7 @@ class PositionBased(ClickModel):
         start = np.r_[np.linspace(1, 0.5, k), trust, np.full(len(LEVELS), 1 / len(LEVELS)), np.where(clicked, min(0.5, 2 * rate), 0.0)]
         x, self.history = _climb(lambda x: _position_step(x, counts, history, times, self._trusting), start, most, tol, progress)
         (self.examination, self.trust, self.levels, alpha), level, _ = _believe(x, counts, history, times)
-        there = np.bincount(log.pair[log.pair >= 0], minlength=len(own)) > 0
+        there = log.shown > 0
         mean, variance = np.empty(len(own)), np.zeros(len(own))
         mean[own], mean[~own] = alpha, (level @ LEVELS)[which]
         variance[~own] = (level @ LEVELS**2)[which] - mean[~own] ** 2
@@ -371,7 +380,6 @@ class PositionBased(ClickModel):
         wanted, looks = (part.sum(axis=1) for part in _wants_and_looks(alpha, counts, self.examination, self.trust))
         mean[own] = (yes + wanted) / (yes + no + looks)
         self.appeal = np.where(there, mean, yes / (yes + no))
-        return self
 
     def _rates(self, appeal: np.ndarray) -> np.ndarray:
         theta, eps = self.examination[: len(appeal), None], self.trust[: len(appeal), None]
@@ -457,8 +465,7 @@ def _best_spread(yes: np.ndarray, no: np.ndarray, now: float) -> float:
 
 def _frequent(log: ClickLog, at_least: int) -> np.ndarray:
     """Rows of the pages whose middle pair was shown this often."""
-    shown = np.r_[np.bincount(log.pair[log.pair >= 0], minlength=len(log.pairs)), np.nan][log.pair]
-    middle = np.nanmedian(shown, axis=1)
+    middle = np.nanmedian(np.r_[log.shown, np.nan][log.pair], axis=1)
     if not (middle >= at_least).any():
         raise ClickLogError(f"at_least: no page has pairs that were shown {at_least} times (the median), the best {middle.max():.0f}; "
                             "lower it and take the curve for a rough one, or give a larger log")
@@ -493,23 +500,12 @@ class DynamicBayesian(ClickModel):
     Source: Chapelle & Zhang (2009), a dynamic Bayesian network click model for web search ranking, section 4.
     """
 
-    _learned, _start = ("patience", "satisfaction"), (0.9, 0.5, 0.0)
+    _learned, _start, _most = ("patience", "satisfaction"), (0.9, 0.5, 0.0), 600
 
     def __init__(self, at_least: int = 50, alike: bool = False):
         self.at_least, self.alike = at_least, alike
 
-    def fit(self, log: ClickLog, most: int = 600, tol: float = 1e-7, progress: bool = False) -> "DynamicBayesian":
-        """Learn how people read, then the appeal of each pair.
-
-        Args:
-            log: The pages.
-            most: Steps of EM at most.
-            tol: Stop when three steps gain less than this share of the log-likelihood.
-            progress: Show a bar.
-        Raises:
-            ClickLogError: If nothing was clicked, or no page has pairs that were shown often enough.
-        """
-        _check_fit(log)
+    def _learn(self, log: ClickLog, most: int, tol: float, progress: bool) -> None:
         frequent = log.take(_frequent(log, self.at_least))
         _check_fit(frequent)
         pair, clicks = np.ascontiguousarray(frequent.pair.T), np.ascontiguousarray(frequent.clicks.T)
@@ -518,7 +514,6 @@ class DynamicBayesian(ClickModel):
         x, self.history = _climb(lambda x: self._improve(x, pair, clicks), start, most, tol, progress)
         self._unpack(x)
         self._rate(log, x[4:])
-        return self
 
     def _unpack(self, x: np.ndarray) -> None:
         self.patience, self.satisfaction, self.slip = x[0], x[1], max(x[2], 1e-6) if "slip" in self._learned else x[2]
@@ -548,7 +543,7 @@ class DynamicBayesian(ClickModel):
     def _rate(self, log: ClickLog, appeal: np.ndarray, rounds: int = 30) -> None:
         """Appeal of all pairs as posterior means under a Beta prior that they share, with the way of reading as it is."""
         pair, clicks = np.ascontiguousarray(log.pair.T), np.ascontiguousarray(log.clicks.T)
-        self.appeal, self.prior, there = appeal.clip(1e-3), (1.0, 9.0), np.bincount(log.pair[log.pair >= 0], minlength=len(appeal)) > 0
+        self.appeal, self.prior, there = appeal.clip(1e-3), (1.0, 9.0), log.shown > 0
         for _ in range(rounds):
             _, looks, likes, looked, *_ = self._expect(self.appeal, pair, clicks)
             yes, no = self.prior

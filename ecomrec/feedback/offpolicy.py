@@ -44,9 +44,9 @@ def _finite_arrays(axes: int, **given: np.ndarray) -> list[np.ndarray]:
 
 def _bad_entry(name: str, array: np.ndarray, bad: np.ndarray, way_out: str) -> OffPolicyError:
     """The error for the first bad entry of an array, (requests,) or (requests, k)."""
-    request, *place = np.argwhere(bad)[0]
+    request, *place = first = tuple(np.argwhere(bad)[0])
     where = f"request {request}" + (f", place {place[0] + 1}" if place else "")
-    return OffPolicyError(f"{name}: {array[tuple(np.argwhere(bad)[0])]:g} in {where}; {way_out}")
+    return OffPolicyError(f"{name}: {array[first]:g} in {where}; {way_out}")
 
 
 def _ratios(axes: int, reward: np.ndarray, propensity: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -125,7 +125,7 @@ class Popularity:
         if self.half_life is not None and train.ts is not None and len(train.ts):
             weight = 0.5 ** ((train.ts.max() - train.ts) / (self.half_life * _DAY))
         self.counts = np.bincount(train.items, weights=weight, minlength=len(train.item_ids)).astype(np.float32)
-        self.known = np.bincount(train.items, minlength=len(train.item_ids)) > 0
+        self.known = train.counts > 0
         return self
 
     def scores(self, asked: Questions) -> np.ndarray:
@@ -147,7 +147,7 @@ class _ItemToItem:
     def fit(self, train: Sequences) -> "_ItemToItem":
         """Count."""
         self.weights = self._weights(train)
-        popular = np.bincount(train.items, minlength=len(train.item_ids))
+        popular = train.counts
         self.known, self.tie = popular > 0, (1e-6 * popular / max(popular.max(), 1)).astype(np.float32)
         return self
 
@@ -225,8 +225,7 @@ class CoOccurrence(_ItemToItem):
             if not len(first) or weight < 0.01:
                 break
             total += weight * (of_visit[first].T @ of_visit[first + gap])
-        count = np.bincount(train.items, minlength=n)
-        return csr_array(diags_array((1 / np.maximum(count, 1) ** self.norm).astype(np.float32)) @ total)
+        return csr_array(diags_array((1 / np.maximum(train.counts, 1) ** self.norm).astype(np.float32)) @ total)
 
 
 class EASE(_ItemToItem):
@@ -275,7 +274,7 @@ class ALS:
                 self.factors, regularization=self.regularisation, alpha=self.alpha, iterations=15, random_state=self.seed, use_gpu=False,
             )
             self.model.fit(csr_matrix(train.matrix()), show_progress=False)
-        self.known = np.bincount(train.items, minlength=len(train.item_ids)) > 0
+        self.known = train.counts > 0
         return self
 
     def scores(self, asked: Questions) -> np.ndarray:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.artefacts import verify, write_json, writing
+from ..data.artefacts import content_hash, verify, write_json, writing
 from ..data.sequences import Questions, Sequences, Split, reordered
 from ..data.tables import KINDS
 from .attention import LowHighPass, SelfAttention, causal_mask
@@ -309,10 +309,11 @@ class Habits(nn.Module):
 _WEEK = 7 * 86_400_000  # milliseconds
 
 
-def _clock_of(train: Sequences) -> np.ndarray:
-    """The first event and the length of a period, milliseconds, (2,)."""
-    span = int(np.ptp(train.ts)) if len(train.ts) else 0
-    return np.array([train.ts.min(initial=2**62), max(1, int(np.clip(_WEEK, span // 60, span // 20)))])
+def _clock_of(train: Sequences) -> tuple[np.ndarray, int]:
+    """The first event and the length of a period, milliseconds, (2,); and the number of periods, of which the last begins after the last event."""
+    begin, span = (int(train.ts.min()), int(np.ptp(train.ts))) if len(train.ts) else (0, 0)
+    length = max(1, int(np.clip(_WEEK, span // 60, span // 20)))
+    return np.array([begin, length]), span // length + 2
 
 
 def trend_of(train: Sequences) -> dict[str, np.ndarray]:
@@ -327,9 +328,9 @@ def trend_of(train: Sequences) -> dict[str, np.ndarray]:
         shares (periods, items): log(share x items), where the last period begins after the last event. clock (2,): the first event,
         and the length of a period, milliseconds.
     """
-    begin, length = clock = _clock_of(train)
+    (begin, length), n_periods = clock, _ = _clock_of(train)
     period, n = (train.ts - begin) // length, len(train.item_ids)
-    counts = csr_array((np.ones(len(period)), (period + 1, train.items)), shape=(period.max() + 2, n)).toarray()
+    counts = csr_array((np.ones(len(period)), (period + 1, train.items)), shape=(n_periods, n)).toarray()
     for number in range(1, len(counts)):
         counts[number] += counts[number - 1] / 2
     shares = np.log(n * (counts + 0.5) / (counts + 0.5).sum(axis=1, keepdims=True))
@@ -608,8 +609,7 @@ def config_of(train: Sequences, **sizes: object) -> ShopperConfig:
     }
     found |= sizes
     if found["times"] and "trend" not in sizes:
-        begin, length = _clock_of(train)
-        found["trend"] = int((train.ts.max(initial=begin) - begin) // length) + 2
+        _, found["trend"] = _clock_of(train)
     return ShopperConfig(**found)
 
 
@@ -659,36 +659,20 @@ def train_shopper(
 
     if not len(batches(0)):
         raise ValueError(f"train: nothing to learn from, no history of {len(histories):,} has two events, or two visits where sessions are known")
-    seen = np.bincount(histories.items, minlength=config.n_items) > 0
     torch.manual_seed(schedule.seed)
     trend = trend_of(histories) if config.trend else None
-    model = Shopper(config, histories.attributes if config.n_attributes else None, text, seen, trend)
+    model = Shopper(config, histories.attributes if config.n_attributes else None, text, histories.counts > 0, trend)
 
     def validate(judged: Shopper) -> float:
         return quality_of(judged.scores, split.valid, masked)
 
     asks = len(split.valid.target) > 0
     loss_of = partial(Shopper.loss, precision=schedule.precision)
-    content = f"{_content_of(split.train, split.valid, config, masked, text)} rows={size}"
+    content = content_hash(split.train, split.valid, config, masked, text, size)
     log = train(model, batches, loss_of, validate if asks else None, schedule, folder, progress, content)
     return model, log
 
 # %% ../../nbs/model/09_shopper.ipynb #00000024
-def _content_of(*parts: object) -> str:
-    """A fingerprint of what a training learns from and is judged by: arrays, and records that hold them."""
-    total = hashlib.sha256()
-    for part in parts:
-        if is_dataclass(part) and not isinstance(part, ShopperConfig):
-            total.update(_content_of(*(getattr(part, field.name) for field in fields(part) if field.name not in ("user_ids", "titles"))).encode())
-        elif isinstance(part, csr_array):
-            total.update(_content_of(part.data, part.indices, part.indptr).encode())
-        elif isinstance(part, np.ndarray) and part.dtype != object:
-            total.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
-        else:
-            total.update(catalogue_of(part).encode() if isinstance(part, np.ndarray) else repr(part).encode())
-    return total.hexdigest()
-
-
 def trained_weights(
     split: Split, config: ShopperConfig, schedule: Schedule, masked: bool, text: np.ndarray | None = None, checkpoints: Path | str | None = None
 ) -> dict[str, np.ndarray | pd.DataFrame]:
@@ -696,6 +680,6 @@ def trained_weights(
 
     A training that was killed goes on from its checkpoint among `checkpoints`, where each training has a folder.
     """
-    name = hashlib.sha256(f"{_content_of(split.train, split.valid, config, masked, text)} {schedule}".encode()).hexdigest()[:16]
+    name = content_hash(split.train, split.valid, config, masked, text, schedule)[:16]
     model, log = train_shopper(split, config, schedule, masked, text, None if checkpoints is None else Path(checkpoints, name), progress=False)
     return {name: value.cpu().numpy() for name, value in model.state_dict().items()} | {"log": log}

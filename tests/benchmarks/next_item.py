@@ -114,11 +114,6 @@ def epochs_of(split: Split, n: int) -> dict[str, float]:
     return found
 
 
-def quality(model: nn.Module, split: Split) -> float:
-    """Validation nDCG@10, masked."""
-    return quality_of(model.scores, split.valid, True)
-
-
 def race(split: Split, goal: float, epochs: int) -> dict[str, dict[str, float]]:
     """Seconds of training steps until the validation nDCG@10 is there, of both; and the best that was seen."""
     torch.manual_seed(0)
@@ -126,7 +121,7 @@ def race(split: Split, goal: float, epochs: int) -> dict[str, dict[str, float]]:
     plain = Plain(len(split.train.item_ids))
     logs = {
         "ours": train_shopper(split, config_of(split.train, n_attributes=0, dim=DIM), schedule)[1],
-        "plain PyTorch": train(plain, plain_batches(split, 0, ROWS // 2), Plain.loss, lambda model: quality(model, split), schedule),
+        "plain PyTorch": train(plain, plain_batches(split, 0, ROWS // 2), Plain.loss, lambda model: quality_of(model.scores, split.valid, True), schedule),
     }
     found = {}
     for name, log in logs.items():
