@@ -72,7 +72,8 @@ def tab(browser):
     page.on("console", lambda m: wrong.append(f"{page.url}: {m.text}") if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: wrong.append(f"{page.url} exception: {e}"))
     page.on("response", lambda r: wrong.append(f"{page.url} got {r.status} for {r.url}") if r.status >= 400 else None)
-    page.on("requestfailed", lambda r: wrong.append(f"{page.url} could not get {r.url}"))
+    aborted = "net::ERR_ABORTED"  # what was still loading when the test went on to the next page
+    page.on("requestfailed", lambda r: wrong.append(f"{page.url} could not get {r.url}") if r.failure != aborted else None)
     page.on("request", lambda r: wrong.append(f"{page.url} asked {r.url}") if outside(r.url) else None)
     yield page, wrong
     context.close()

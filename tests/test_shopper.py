@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from test_sequences import whole_of
 
 from ecomrec.data.artefacts import ArtefactError
-from ecomrec.data.sequences import Questions, Split, cut_in_time, leave_last_out
+from ecomrec.data.sequences import Questions, Sequences, Split, cut_in_time, leave_last_out
 from ecomrec.model.baselines import rank_metrics, target_ranks
 from ecomrec.model.shopper import Shopper, ShopperConfig, config_of, gap_code, pack, pieces_of, tokens_of, train_shopper, trend_of
 from ecomrec.model.training import Schedule
@@ -90,17 +90,56 @@ def test_queries_contexts_and_profiles_are_read():
     """The item is decided by the query in half of the requests, by the profile in the others."""
     rng = np.random.default_rng(0)
     n, per = 300, 4
-    likes, query = rng.integers(0, 5, n), rng.integers(-1, 5, n * per)
-    items = np.where(query >= 0, query, np.repeat(likes, per) + 5)
-    whole = replace(
-        whole_of(items.reshape(n, per).tolist()), query=query, query_vectors=np.eye(5, dtype=np.float32),
-        profile=np.eye(5, dtype=np.float32)[likes], context=rng.normal(size=(n * per, 2)).astype(np.float32),
+    likes, query = rng.integers(0, 5, n), np.full((n, per, 2), -1)
+    query[:, :, 0] = rng.integers(-1, 5, (n, per))
+    items = np.full((n, per, 2), -1)
+    items[:, :, 1] = np.where(query[:, :, 0] >= 0, query[:, :, 0], likes[:, None] + 5)
+    context = rng.normal(size=(n, per, 2, 2)).astype(np.float32)
+    shown = slice(per - 1)
+    train = Sequences(
+        items[:, shown].ravel(), np.arange(n + 1) * 2 * (per - 1), np.arange(n).astype(str).astype(object), np.arange(10).astype(str).astype(object),
+        query=query[:, shown].ravel(), query_vectors=np.eye(5, dtype=np.float32), profile=np.eye(5, dtype=np.float32)[likes], context=context[:, shown].reshape(-1, 2),
     )
-    split = leave_last_out(whole)
-    model, _ = train_shopper(split, config_of(split.train, dim=16, dropout=0.1), Schedule(epochs=15, average=0.9, learning_rate=0.01, patience=15), masked=False, rows_per_batch=4, progress=False)
-    assert rank_metrics(target_ranks(model.scores, split.test, False), split.test, (1,))["recall@1"].mean() > 0.95
-    strangers = replace(split.test, history=split.test.history.keep(np.zeros(len(split.test.history.items), bool)))
+    test = Questions(train, np.arange(n), items[:, -1, 1], query=query[:, -1, 0], context=context[:, -1, 0])
+    split = Split(train, test.take(np.arange(20)), test)
+    model, _ = train_shopper(split, config_of(train, dim=16, dropout=0.1), Schedule(epochs=15, average=0.9, learning_rate=0.01, patience=15), masked=False, rows_per_batch=4, progress=False)
+    assert rank_metrics(target_ranks(model.scores, test, False), test, (1,))["recall@1"].mean() > 0.95
+    strangers = replace(test, history=train.keep(np.zeros(len(train.items), bool)))
     assert rank_metrics(target_ranks(model.scores, strangers, False), strangers, (1,))["recall@1"].mean() > 0.95, "new users, from the first moment"
+
+
+def of_pages(page: np.ndarray, clicks: np.ndarray, n_items: int) -> Sequences:
+    """One user a page, who asked for it and did nothing else."""
+    n = len(page)
+    users, items = np.arange(n).astype(str).astype(object), np.arange(n_items).astype(str).astype(object)
+    return Sequences(np.full(n, -1), np.arange(n + 1), users, items, page=page, clicks=clicks.astype(np.float32), context=np.ones((n, 1), np.float32))
+
+
+def test_a_click_is_drawn_as_often_as_it_weighs():
+    whole = of_pages(np.array([[4, 2, -1], [1, 3, 5]]), np.array([[1, 3, 0], [0, 0, 0]]), 6)
+    drawn = np.array([tokens_of(whole, None, replace(PLAIN, context=1), seed)["target"] for seed in range(2000)])
+    assert (drawn[:, 1] == -1).all() and set(drawn[:, 0]) == {2, 4}
+    assert abs((drawn[:, 0] == 2).mean() - 0.75) < 4 * np.sqrt(0.75 * 0.25 / 2000)
+
+
+def test_exposure_takes_back_what_the_old_ranking_added():
+    """Two things are liked alike; the old ranking puts the first on top in nine of ten pages, and the second place is looked at a fourth as often."""
+    rng = np.random.default_rng(0)
+    n, looked = 20_000, np.array([1.0, 0.25])
+    page = np.where(rng.random((n, 1)) < 0.9, [[0, 1]], [[1, 0]])
+    clicks = (rng.random((n, 2)) < 0.3 * looked) * 1.0
+    whole = of_pages(page, clicks, 4)
+    nobody = Questions(whole.take(np.arange(1)), np.arange(0), np.arange(0), context=np.ones((1, 1), np.float32))
+    apart = {}
+    for name, exposure in {"naive": (), "corrected": tuple(looked / 0.01)}.items():
+        split = Split(whole, nobody, nobody)
+        model, _ = train_shopper(split, config_of(whole, dim=8, dropout=0.0, layers=1, exposure=exposure), Schedule(epochs=12, learning_rate=0.02, average=0.9), masked=False, rows_per_batch=8, progress=False)
+        scores = model.scores(nobody)[0]
+        apart[name] = scores[0] - scores[1]
+    assert abs(apart["corrected"]) < 0.15 and apart["naive"] > 0.8, apart
+    short = config_of(whole, dim=8, exposure=(1.0,))
+    with pytest.raises(ValueError, match="exposure: 1 places, and pages have up to 2"):
+        train_shopper(split, short, masked=False, progress=False)
 
 
 @given(histories, st.integers(0, 99))

@@ -31,16 +31,18 @@ class Sequences:
     """Histories of users, each in the order of time.
 
     Args:
-        items: Item code of each event, all histories one after another, (events,).
+        items: Item code of each event, all histories one after another, (events,); -1 for a request, a page that was asked for.
         starts: Place of each history's first event, and the number of all events, (users + 1,).
         user_ids: Id of each user, (users,).
         item_ids: Id of each item by code, (items,).
         ts: Milliseconds since the epoch of each event, (events,); None where the source has no times.
         session: Number of the session of each event, (events,); None where the source has none.
         kind: What was done, as a place in `tables.KINDS`, (events,); None where nothing but one kind is known.
-        query: Row of `query_vectors` for what was searched when each event's page was asked for, -1 without a query, (events,).
+        query: Row of `query_vectors` for what each request searched, -1 without a query, (events,).
         query_vectors: Vectors of the distinct queries, (queries, query_dim).
-        context: Features of the moment of each event's request, (events, features).
+        context: Features of the moment of each request, (events, features).
+        page: What each request was shown, best place first, as item codes, -1 where nothing is, (events, places).
+        clicks: How much the click on each place teaches, 0 where there was none, (events, places).
         profile: Features of each user, (users, features).
         attributes: 1 where an item has an attribute, (items, attributes); None where nothing is known.
         titles: Title of each item by code, (items,); None where the source has none.
@@ -56,6 +58,8 @@ class Sequences:
     query: np.ndarray | None = None
     query_vectors: np.ndarray | None = None
     context: np.ndarray | None = None
+    page: np.ndarray | None = None
+    clicks: np.ndarray | None = None
     profile: np.ndarray | None = None
     attributes: csr_array | None = None
     titles: np.ndarray | None = None
@@ -65,7 +69,9 @@ class Sequences:
 
     def __repr__(self) -> str:
         known = "" if self.attributes is None else f", {self.attributes.shape[1]:,} attributes"
-        return f"Sequences({len(self):,} users, {len(self.item_ids):,} items, {len(self.items):,} events{known})"
+        n = int((self.items >= 0).sum())
+        asked = f", {len(self.items) - n:,} requests" if n < len(self.items) else ""
+        return f"Sequences({len(self):,} users, {len(self.item_ids):,} items, {n:,} events{asked}{known})"
 
     @property
     def lengths(self) -> np.ndarray:
@@ -92,14 +98,26 @@ class Sequences:
         return np.where(self.lengths > 0, np.append(self.ts, 0)[self.starts[1:] - 1], 0)
 
     @property
+    def taken(self) -> "Sequences":
+        """The same histories without requests: only what was taken, which is all that counting reads."""
+        return self if self.items.min(initial=0) >= 0 else replace(self.keep(self.items >= 0), query=None, context=None, page=None, clicks=None)
+
+    @property
     def repeats(self) -> float:
         """Share of the events whose user has taken the item before."""
-        return 1 - len(np.unique(self.user.astype(np.int64) * len(self.item_ids) + self.items)) / max(len(self.items), 1)
+        taken = self.taken
+        return 1 - len(np.unique(taken.user.astype(np.int64) * len(self.item_ids) + taken.items)) / max(len(taken.items), 1)
 
     @property
     def counts(self) -> np.ndarray:
         """Number of events of each item, (items,)."""
-        return np.bincount(self.items, minlength=len(self.item_ids))
+        return np.bincount(self.items[self.items >= 0], minlength=len(self.item_ids))
+
+    @property
+    def offered(self) -> np.ndarray:
+        """True for each item that was taken or stood on a page, (items,)."""
+        shown = np.zeros(len(self.item_ids), bool) if self.page is None else np.bincount(self.page[self.page >= 0], minlength=len(self.item_ids)) > 0
+        return shown | (self.counts > 0)
 
     @property
     def visits(self) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +141,7 @@ class Sequences:
 
     def _of_events(self, events: np.ndarray) -> dict[str, np.ndarray | None]:
         """What is known of some events."""
-        known = {name: getattr(self, name) for name in ("items", "ts", "session", "kind", "query", "context")}
+        known = {name: getattr(self, name) for name in ("items", "ts", "session", "kind", "query", "context", "page", "clicks")}
         return {name: None if values is None else values[events] for name, values in known.items()}
 
     def take(self, rows: np.ndarray | slice) -> "Sequences":
@@ -155,7 +173,7 @@ class Sequences:
     def frame(self) -> pd.DataFrame:
         """One row an event: event_id, ts (the place in the history where there are no times), user_id, item_id."""
         place = np.arange(len(self.items)) - np.repeat(self.starts[:-1], self.lengths)
-        users, items = self.user_ids[self.user], self.item_ids[self.items]
+        users, items = self.user_ids[self.user], np.where(self.items < 0, None, self.item_ids[self.items])
         ids = [f"{user}/{spot:09d}" for user, spot in zip(users, place)]  # in the order of time as text, too
         return pd.DataFrame({"event_id": ids, "ts": place if self.ts is None else self.ts, "user_id": users, "item_id": items})
 
@@ -298,6 +316,7 @@ class Questions:
         ts: Moment of each question, one a row of the history, (users,); None where the source has no times.
         query: Row of the history's `query_vectors` for what is searched, -1 without a query, (users,); None where nobody searches.
         context: Features of the moment, (users, features); None where nothing is known of it.
+        weight: How much each target counts, (targets,); all the same if left out.
     """
 
     history: Sequences
@@ -306,6 +325,7 @@ class Questions:
     ts: np.ndarray | None = None
     query: np.ndarray | None = None
     context: np.ndarray | None = None
+    weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.history)
@@ -316,13 +336,15 @@ class Questions:
         place[rows] = np.arange(len(rows))
         kept = place[self.asker] >= 0
         moment = {name: None if getattr(self, name) is None else getattr(self, name)[rows] for name in ("ts", "query", "context")}
-        return replace(self, history=self.history.take(rows), asker=place[self.asker[kept]], target=self.target[kept], **moment)
+        weight = None if self.weight is None else self.weight[kept]
+        return replace(self, history=self.history.take(rows), asker=place[self.asker[kept]], target=self.target[kept], weight=weight, **moment)
 
     @property
     def repeat(self) -> np.ndarray:
         """True where a target stands in the history already, (targets,)."""
         n = len(self.history.item_ids)
-        return np.isin(self.asker * n + self.target, self.history.user * n + self.history.items)
+        before = self.history.taken
+        return np.isin(self.asker * n + self.target, before.user * n + before.items)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ def target_ranks(scores_of: Callable[[Questions], np.ndarray], questions: Questi
             user, item = np.argwhere(np.isnan(scores))[0]
             raise ValueError(f"scores: not a number for user {some.history.user_ids[user]!r}, item {some.history.item_ids[item]!r}")
         if masked:
-            scores[some.history.user, some.history.items] = -np.inf
+            before = some.history.taken
+            scores[before.user, before.items] = -np.inf
         found = []
         for asker, target in zip(some.asker, some.target):
             row, own = scores[asker], scores[asker, target]
@@ -85,7 +86,10 @@ def _best_gain(k: int) -> np.ndarray:
 
 # %% ../../nbs/model/07_baselines.ipynb #0000000a
 def quality_of(scores_of: Callable[[Questions], np.ndarray], questions: Questions, masked: bool) -> float:
-    """Mean nDCG@10 of the users, by which settings are chosen; arguments as of `target_ranks`."""
+    """Mean nDCG@10 of the users, or of the targets where they have weights, by which settings are chosen; arguments as of `target_ranks`."""
+    if questions.weight is not None:
+        ranks = target_ranks(scores_of, questions, masked)
+        return float(np.average(np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0), weights=questions.weight))
     return float(rank_metrics(target_ranks(scores_of, questions, masked), questions, ks=(10,))["ndcg@10"].mean())
 
 

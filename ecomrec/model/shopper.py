@@ -55,6 +55,9 @@ class ShopperConfig:
         length: Tokens of a history that are read, the last ones; also the length of a row.
         habit: Add to the score of each item of the history a number of its own.
         trend: Periods of the table of what is popular when, from `trend_of`; 0 leaves it out.
+        match: Add to the score of each item how well its text vector meets the query's, which must come of the same encoder.
+        exposure: How much likelier each place of a page is looked at than an item that was not shown, (places,), for learning from
+            pages; empty believes that everything was looked at.
         catalogue: Fingerprint of the items' ids, from `catalogue_of`; another catalogue is refused. Any is taken if empty.
     """
 
@@ -76,11 +79,14 @@ class ShopperConfig:
     length: int = 50
     habit: bool = False
     trend: int = 0
+    match: bool = False
+    exposure: tuple[float, ...] = ()
     catalogue: str = ""
 
     def __post_init__(self):
+        object.__setattr__(self, "exposure", tuple(self.exposure))  # JSON knows lists only
         ranges = {"n_items": self.n_items >= 1, "layers": self.layers >= 1, "length": self.length >= 2, "filter_share": 0 <= self.filter_share <= 1, "dropout": 0 <= self.dropout < 1,
-                  "trend": self.trend == 0 or self.times}
+                  "trend": self.trend == 0 or self.times, "match": not self.match or 0 < self.text == self.query, "exposure": all(value > 0 for value in self.exposure)}
         check_ranges(self, ranges)
 
 
@@ -146,7 +152,8 @@ def tokens_of(history: Sequences, asked: Questions | None, config: ShopperConfig
         seed: Of the draws of targets from visits of several events.
     Returns:
         user (row), item, kind, gap (half-powers of two of a second until the next visit), event and question (rows in which to
-        find the query and the context), target (of a request what it led to, of an event one of the next visit's), moment (of the
+        find the query, the context and the page of a request), target (of a request what it led to, of an event one of the next
+        visit's; where pages are known, one of the clicks on it, as often as it weighs, and of an event nothing), moment (of the
         target, milliseconds since the epoch); -1 where there is none. In the order of users and time.
     """
     user, n = history.user, len(history.items)
@@ -154,13 +161,14 @@ def tokens_of(history: Sequences, asked: Questions | None, config: ShopperConfig
     other = np.append(user[begins[:-1]], -1)  # the last place stands for no visit
     ahead = np.where(other[visit] == other[visit + 1], visit + 1, -1)
     place = np.arange(n) - np.repeat(history.starts[:-1], history.lengths)
-    event = pd.DataFrame({"user": user, "order": 2 * place + 1, "item": history.items})
+    event = pd.DataFrame({"user": user, "order": place, "item": history.items, "event": np.where(history.items < 0, np.arange(n), -1)})
     if config.n_kinds:
         event["kind"] = history.kind
     if config.times:
         at_end = history.last_ts if asked is None or asked.ts is None else asked.ts
         event["moment"] = np.where(ahead < 0, at_end[user], np.append(history.ts[begins[:-1]], 0)[ahead])
-        event["gap"] = gap_code(event["moment"] - history.ts)
+        event["gap"] = np.where(history.items < 0, -1, gap_code(event["moment"] - history.ts))  # how soon a request led to something is not known to it
+        event["moment"] = np.where(history.items < 0, history.ts, event["moment"])
     if history.session is not None:
         drawn = begins[ahead] + (np.random.default_rng(seed).random(n) * (begins[ahead + 1] - begins[ahead])).astype(np.int64)
         event["target"] = np.append(history.items, -1)[np.where(ahead < 0, n, drawn)]
@@ -170,20 +178,23 @@ def tokens_of(history: Sequences, asked: Questions | None, config: ShopperConfig
         if config.times:
             begin["moment"] = np.where(history.lengths > 0, np.append(history.ts, 0)[history.starts[:-1]], at_end)
         parts.append(begin)
-    for what, name, users, order in [(history, "event", user, 2 * place)] + ([(asked, "question", np.arange(len(asked)), 2 * history.lengths)] if asked is not None else []):
-        said = np.full(len(users), bool(config.context and what.context is not None))
-        if config.query and what.query is not None:
-            said |= what.query >= 0
+    if asked is not None:
+        said = np.full(len(asked), history.page is not None or bool(config.context and asked.context is not None))
+        if config.query and asked.query is not None:
+            said |= asked.query >= 0
         rows = np.flatnonzero(said)
-        request = pd.DataFrame({"user": users[rows], "order": order[rows], name: rows})
-        if config.times:
-            request["moment"] = (at_end if what is asked else history.ts)[rows]
-        parts.append(request)
+        request = pd.DataFrame({"user": rows, "order": history.lengths[rows], "question": rows})
+        parts.append(request.assign(moment=at_end[rows]) if config.times else request)
     columns = ["user", "item", "kind", "gap", "event", "question", "target", "moment"]
     stream = pd.concat(parts, ignore_index=True).sort_values(["user", "order"], kind="stable", ignore_index=True)
     stream = stream.reindex(columns=columns).fillna(-1).astype(np.int64)
     following = stream[["user", "item"]].shift(-1, fill_value=-1)
     led_to = following["item"].where(stream["user"] == following["user"], -1)
+    if history.page is not None:
+        clicked = history.clicks.cumsum(axis=1)
+        place = (clicked <= np.random.default_rng(seed).random((n, 1)) * clicked[:, -1:]).sum(axis=1).clip(max=clicked.shape[1] - 1)
+        drawn = np.where(clicked[:, -1] > 0, history.page[np.arange(n), place], -1)
+        return stream.assign(target=np.append(drawn, -1)[stream["event"]])
     if history.session is None:  # a request between two events takes the target over
         return stream.assign(target=led_to)
     return stream.assign(target=stream["target"].where(stream["item"] >= 0, led_to))
@@ -329,6 +340,7 @@ def trend_of(train: Sequences) -> dict[str, np.ndarray]:
         and the length of a period, milliseconds.
     """
     (begin, length), n_periods = clock, _ = _clock_of(train)
+    train = train.taken
     period, n = (train.ts - begin) // length, len(train.item_ids)
     counts = csr_array((np.ones(len(period)), (period + 1, train.items)), shape=(n_periods, n)).toarray()
     for number in range(1, len(counts)):
@@ -392,6 +404,8 @@ class Shopper(nn.Module):
             if getattr(config, name):
                 setattr(self, f"read_{name}", nn.Linear(getattr(config, name), dim, bias=False))
         self.trend = Trend(trend) if config.trend else None
+        self.gain = nn.Parameter(torch.full((config.text,), 0.5)) if config.match else None
+        self.register_buffer("exposure", torch.tensor(config.exposure).log(), persistent=False)
         self.habits = Habits(dim) if config.habit else None
         self.norm, self.drop = nn.LayerNorm(dim), nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -422,48 +436,55 @@ class Shopper(nn.Module):
         return x
 
     def offered(self, vectors: Tensor) -> Tensor:
-        """The items' side of the inner product: their vectors, beside their columns of the trend, (items, dim + trend)."""
-        return vectors if self.trend is None else torch.cat([vectors, self.trend.shares.T], dim=1)
+        """The items' side of the inner product: their vectors, beside their columns of the trend and of the text, (items, width)."""
+        columns = [vectors] + ([] if self.trend is None else [self.trend.shares.T]) + ([] if self.gain is None else [self.items.text])
+        return torch.cat(columns, dim=1) if len(columns) > 1 else vectors
 
     def asking(self, batch: dict[str, Tensor], x: Tensor, vectors: Tensor, where: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The shoppers' side at some places.
 
         Args:
-            batch: item, segment and moment, (rows, length).
+            batch: item, segment, moment and query, (rows, length[, features]).
             x: Shopper vectors, (rows, length, dim), from `encode`.
             vectors: Item vectors, (items, dim).
             where: True at these places, (rows, length).
         Returns:
-            Their vectors beside the trend of the moment, (places, dim + trend); what `Habits` adds, None without them.
+            Their vectors beside the trend of the moment and the query, (places, width); what `Habits` adds, None without them.
         """
         z = x[where].float()
         if self.trend is not None:
             z = torch.cat([z, self.trend(batch["moment"][where])], dim=1)
+        if self.gain is not None:
+            z = torch.cat([z, 10 * self.gain * batch["query"][where]], dim=1)
         return z, None if self.habits is None else self.habits(batch, x, vectors, where)
 
-    def loss(self, batch: dict[str, Tensor], precision: str = "auto") -> tuple[Tensor, int]:
-        """Mean loss in nats of the targets of packed rows, over all items that were taken in training, and their number."""
+    def loss(self, batch: dict[str, Tensor], precision: str = "auto") -> tuple[Tensor, float]:
+        """Mean loss in nats of the targets of packed rows, over all items that were offered in training, and their number or weight."""
         vectors, asked = self.items(), batch["target"] >= 0
         if not bool(asked.any()):
             return vectors.sum() * 0, 0
         x, chosen, seen = self.encode(batch, vectors), batch["target"][asked], self.items.seen
         z, extra = self.asking(batch, x, vectors, asked)
-        vectors = self.offered(vectors)
+        vectors, weight = self.offered(vectors), batch["weight"][asked] if "weight" in batch else None
+        if "page" in batch and len(self.exposure):
+            page = batch["page"][asked]
+            looked = self.exposure[: page.shape[1]] * (page >= 0), page.clamp(min=0)
+            extra = looked if extra is None else tuple(torch.cat(pair, dim=1) for pair in zip(extra, looked))
         if not bool(seen.all()):
             code = (seen.cumsum(0) - 1).clamp(min=0)
             vectors, chosen, extra = vectors[seen], code[chosen], None if extra is None else (extra[0], code[extra[1]])
-        return catalogue_loss(z, vectors.float(), chosen, precision=precision, extra=extra), len(chosen)
+        return catalogue_loss(z, vectors.float(), chosen, weight, precision=precision, extra=extra), len(chosen) if weight is None else float(weight.sum())
 
     @torch.inference_mode()
     def vectors(self, asked: Questions, items: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Who asks, at the moment of asking, given the item vectors.
 
         Returns:
-            See `asking`, (users, dim + trend) and (users, length); zeros for a user of whom nothing at all is known.
+            See `asking`, (users, width) and (users, length); zeros for a user of whom nothing at all is known.
         """
         stream = tokens_of(asked.history, asked, self.config)
         rows = Rows(asked.history, stream, pieces_of(stream, self.config.length, to_last=True), self.config, asked)
-        z, size = self.place.new_zeros(len(asked), self.config.dim + self.config.trend), (len(asked), self.config.length)
+        z, size = self.place.new_zeros(len(asked), self.offered(items).shape[1]), (len(asked), self.config.length)
         extra = (z.new_zeros(size), torch.zeros(size, dtype=torch.long, device=z.device)) if self.config.habit else None
         for batch in rows:
             batch = {name: value.to(z.device) for name, value in batch.items()}
@@ -580,6 +601,10 @@ class Rows:
         if self.config.profile:  # at every token: the first one is cut off where the history is long
             profile = torch.as_tensor(self.history.profile, dtype=torch.float32)
             batch["profile"] = profile[batch["user"].clamp(min=0)] * (batch["user"] >= 0)[..., None]
+        if self.asked is None and self.history.page is not None:
+            row = event.clamp(min=0)
+            batch["page"] = torch.where((event >= 0)[..., None], torch.as_tensor(self.history.page)[row], -1)
+            batch["weight"] = torch.as_tensor(self.history.clicks.sum(axis=1))[row] * (event >= 0)
         return batch
 
     def _said(self, name: str, what: Sequences | Questions, row: Tensor) -> Tensor:
@@ -608,6 +633,7 @@ def config_of(train: Sequences, **sizes: object) -> ShopperConfig:
         "length": _length_of(train), "habit": train.repeats >= 0.01, "catalogue": catalogue_of(train.item_ids),
     }
     found |= sizes
+    found.setdefault("match", 0 < found.get("text", 0) == found["query"])
     if found["times"] and "trend" not in sizes:
         _, found["trend"] = _clock_of(train)
     return ShopperConfig(**found)
@@ -643,7 +669,8 @@ def train_shopper(
     Returns:
         The model with the best weights, and one row an epoch.
     Raises:
-        ValueError: If there is nothing to learn from: no history has two events, or two visits where sessions are known.
+        ValueError: If there is nothing to learn from: no history has two events, or two visits where sessions are known, or no page
+            has a click; or a page has more places than the config's exposure.
     """
     histories = split.train
     config = config or config_of(histories, text=0 if text is None else text.shape[1])
@@ -657,11 +684,13 @@ def train_shopper(
         order = np.random.default_rng((schedule.seed, epoch, 2)).permutation(len(pieces))
         return Rows(drawn, stream, pieces.iloc[order], config, size=size)
 
+    if histories.page is not None and 0 < len(config.exposure) < histories.page.shape[1]:
+        raise ValueError(f"exposure: {len(config.exposure)} places, and pages have up to {histories.page.shape[1]}; give one number a place")
     if not len(batches(0)):
         raise ValueError(f"train: nothing to learn from, no history of {len(histories):,} has two events, or two visits where sessions are known")
     torch.manual_seed(schedule.seed)
     trend = trend_of(histories) if config.trend else None
-    model = Shopper(config, histories.attributes if config.n_attributes else None, text, histories.counts > 0, trend)
+    model = Shopper(config, histories.attributes if config.n_attributes else None, text, histories.offered, trend)
 
     def validate(judged: Shopper) -> float:
         return quality_of(judged.scores, split.valid, masked)
