@@ -291,3 +291,18 @@ def test_saved_is_loaded_and_damage_is_seen(tmp_path):
 def test_longer_gaps_have_no_smaller_codes(gaps):
     codes = gap_code(np.sort(np.array(gaps)))
     assert (np.diff(codes) >= 0).all() and codes.min() >= 0 and codes.max() < 64
+
+
+def test_a_teacher_is_learned_instead_of_the_clicks():
+    """The teacher wants the second item of four twice as much as the others; the clicks say the first."""
+    n = 400
+    whole = of_pages(np.tile([[0, 1]], (n, 1)), np.tile([[1.0, 0.0]], (n, 1)), 4)
+    nobody = Questions(whole.take(np.arange(1)), np.arange(0), np.arange(0), context=np.ones((1, 1), np.float32))
+    teacher = np.tile([[0.2, 0.4, 0.2, 0.2]], (n, 1)).astype(np.float16)
+    teacher[::2] = 0  # of these requests nothing is known
+    config = config_of(whole, dim=8, dropout=0.0, layers=1)
+    model, log = train_shopper(Split(whole, nobody, nobody), config, Schedule(epochs=30, learning_rate=0.02, average=0.9), masked=False, rows_per_batch=1, progress=False, teacher=teacher)
+    learned = torch.softmax(torch.as_tensor(model.scores(nobody)[0]), 0).numpy()
+    assert np.allclose(learned, [0.2, 0.4, 0.2, 0.2], atol=0.03)
+    with pytest.raises(ValueError, match=r"teacher: \(3, 4\), and there are 400 requests and 4 items"):
+        train_shopper(Split(whole, nobody, nobody), config, masked=False, progress=False, teacher=teacher[:3])

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .features import examples, requests_of
 from .sequences import Questions, SequenceError, Sequences, _attribute_table, item_attributes
-from .tables import KINDS, SURFACES
+from .tables import KINDS, SURFACES, empty
 
 # %% ../../nbs/data/14_requests.ipynb #00000006
 _DAY = 86_400_000  # milliseconds
@@ -41,7 +41,7 @@ def user_profiles(users: pd.DataFrame) -> np.ndarray:
 def from_pages(
     events: pd.DataFrame,
     products: pd.DataFrame,
-    users: pd.DataFrame,
+    users: pd.DataFrame | None,
     encode: Callable[[Sequence[str]], np.ndarray],
     kinds: Sequence[str] = ("click", "cart", "purchase"),
     weigh: Callable[[pd.DataFrame], np.ndarray] | None = None,
@@ -52,7 +52,8 @@ def from_pages(
     Args:
         events: By the contract `clean`.
         products: By the contract `clean`; its items, sorted by id, are the catalogue.
-        users: By the contract `clean`; they and whoever else is in the log get a history each, sorted by id.
+        users: By the contract `clean`, None where nothing is known of them; they and whoever else is in the log get a history each,
+            sorted by id.
         encode: Vectors of texts, (texts,) -> (texts, dim).
         kinds: Kinds of events that make up a history, beside the requests.
         weigh: How much each click teaches, given the clicked rows of `features.examples` (request_id, item_id, position, propensity);
@@ -69,6 +70,7 @@ def from_pages(
     done = events[events["kind"].isin(kinds) & events["user_id"].notna() & events["item_id"].notna()].sort_values("event_id")
     page, clicks = _pages(examples(events), pd.Index(asked["request_id"]), pd.Index(item_ids), weigh)
     texts = pd.Index(asked["query"].dropna().unique()).sort_values()
+    users = empty("users") if users is None else users
     everybody = pd.concat([users["user_id"], asked["user_id"], done["user_id"]]).drop_duplicates().sort_values()
     people = users.drop_duplicates("user_id").set_index("user_id").reindex(everybody)
     none = np.full(len(done), -1)

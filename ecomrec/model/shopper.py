@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['N_GAPS', 'UNKNOWN', 'ShopperConfig', 'catalogue_of', 'ItemVectors', 'tokens_of', 'gap_code', 'pieces_of', 'pack',
-           'Block', 'Habits', 'trend_of', 'Trend', 'Shopper', 'Rows', 'config_of', 'train_shopper', 'trained_weights']
+           'Block', 'Habits', 'trend_of', 'Trend', 'Shopper', 'Rows', 'config_of', 'teacher_loss', 'train_shopper',
+           'trained_weights']
 
 # %% ../../nbs/model/09_shopper.ipynb #00000003
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -645,6 +646,18 @@ def _length_of(train: Sequences) -> int:
     return int(np.clip(-(-longest // 50) * 50, 50, 200))
 
 # %% ../../nbs/model/09_shopper.ipynb #00000023
+def teacher_loss(model: Shopper, batch: dict[str, Tensor], teacher: Tensor) -> tuple[Tensor, int]:
+    """Cross-entropy in nats to a teacher's probabilities, (requests, items), whose rows the batch's targets are; and their number."""
+    vectors, asked = model.items(), batch["target"] >= 0
+    if not bool(asked.any()):
+        return vectors.sum() * 0, 0
+    z, extra = model.asking(batch, model.encode(batch, vectors), vectors, asked)
+    scores = z @ model.offered(vectors).T
+    scores = scores if extra is None else scores.scatter_add(1, extra[1], extra[0])
+    p = teacher[batch["target"][asked].to(teacher.device)].to(scores)
+    return -(p * scores.log_softmax(dim=1)).sum(dim=1).mean(), int(asked.sum())
+
+
 def train_shopper(
     split: Split,
     config: ShopperConfig | None = None,
@@ -654,6 +667,7 @@ def train_shopper(
     folder: Path | str | None = None,
     rows_per_batch: int | None = None,
     progress: bool = True,
+    teacher: np.ndarray | None = None,
 ) -> tuple[Shopper, pd.DataFrame]:
     """A shopper trained on a split.
 
@@ -666,6 +680,8 @@ def train_shopper(
         folder: Where checkpoints go, see `training.train`.
         rows_per_batch: Rows of tokens in a batch; if left out, as many as make 800 tokens on a CPU and 3,200 on a GPU.
         progress: Show a bar.
+        teacher: Probability of each item for each request of the training, in their order, (requests, items): another model's, or the
+            truth's. It is learned instead of the clicks; a request whose row is all zeros teaches nothing.
     Returns:
         The model with the best weights, and one row an epoch.
     Raises:
@@ -674,6 +690,14 @@ def train_shopper(
     """
     histories = split.train
     config = config or config_of(histories, text=0 if text is None else text.shape[1])
+    offered = histories.offered
+    if teacher is not None:
+        asks = histories.items < 0
+        if teacher.shape != (asks.sum(), len(histories.item_ids)):
+            raise ValueError(f"teacher: {teacher.shape}, and there are {asks.sum():,} requests and {len(histories.item_ids):,} items")
+        told, row = (teacher > 0).any(axis=1), np.cumsum(asks) - 1
+        offered = offered | (teacher > 0).any(axis=0)
+        histories = replace(histories, page=np.where(asks, row, -1)[:, None], clicks=(asks & np.append(told, False)[row])[:, None].astype(np.float32))
     size = rows_per_batch or max(1, (3200 if torch.cuda.is_available() else 800) // config.length)
 
     @lru_cache(maxsize=1)  # the first epoch is looked at before it is trained on
@@ -684,31 +708,32 @@ def train_shopper(
         order = np.random.default_rng((schedule.seed, epoch, 2)).permutation(len(pieces))
         return Rows(drawn, stream, pieces.iloc[order], config, size=size)
 
-    if histories.page is not None and 0 < len(config.exposure) < histories.page.shape[1]:
+    if teacher is None and histories.page is not None and 0 < len(config.exposure) < histories.page.shape[1]:
         raise ValueError(f"exposure: {len(config.exposure)} places, and pages have up to {histories.page.shape[1]}; give one number a place")
     if not len(batches(0)):
         raise ValueError(f"train: nothing to learn from, no history of {len(histories):,} has two events, or two visits where sessions are known")
     torch.manual_seed(schedule.seed)
     trend = trend_of(histories) if config.trend else None
-    model = Shopper(config, histories.attributes if config.n_attributes else None, text, histories.offered, trend)
+    model = Shopper(config, histories.attributes if config.n_attributes else None, text, offered, trend)
 
     def validate(judged: Shopper) -> float:
         return quality_of(judged.scores, split.valid, masked)
 
-    asks = len(split.valid.target) > 0
-    loss_of = partial(Shopper.loss, precision=schedule.precision)
-    content = content_hash(split.train, split.valid, config, masked, text, size)
-    log = train(model, batches, loss_of, validate if asks else None, schedule, folder, progress, content)
+    validates = len(split.valid.target) > 0
+    loss_of = partial(Shopper.loss, precision=schedule.precision) if teacher is None else partial(teacher_loss, teacher=torch.as_tensor(teacher))
+    content = content_hash(split.train, split.valid, config, masked, text, size, teacher)
+    log = train(model, batches, loss_of, validate if validates else None, schedule, folder, progress, content)
     return model, log
 
 # %% ../../nbs/model/09_shopper.ipynb #00000024
 def trained_weights(
-    split: Split, config: ShopperConfig, schedule: Schedule, masked: bool, text: np.ndarray | None = None, checkpoints: Path | str | None = None
+    split: Split, config: ShopperConfig, schedule: Schedule, masked: bool, text: np.ndarray | None = None, teacher: np.ndarray | None = None,
+    checkpoints: Path | str | None = None,
 ) -> dict[str, np.ndarray | pd.DataFrame]:
     """`train_shopper` for another process: the weights as arrays by name, and the epochs as `log`; see `Shopper.of_weights`.
 
     A training that was killed goes on from its checkpoint among `checkpoints`, where each training has a folder.
     """
-    name = content_hash(split.train, split.valid, config, masked, text, schedule)[:16]
-    model, log = train_shopper(split, config, schedule, masked, text, None if checkpoints is None else Path(checkpoints, name), progress=False)
+    name = content_hash(split.train, split.valid, config, masked, text, schedule, teacher)[:16]
+    model, log = train_shopper(split, config, schedule, masked, text, None if checkpoints is None else Path(checkpoints, name), progress=False, teacher=teacher)
     return {name: value.cpu().numpy() for name, value in model.state_dict().items()} | {"log": log}
