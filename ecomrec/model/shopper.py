@@ -576,7 +576,19 @@ class Rows:
     def __init__(self, history: Sequences, stream: pd.DataFrame, pieces: pd.DataFrame, config: ShopperConfig, asked: Questions | None = None, size: int = 64):
         token, slot, piece, place = pack(pieces, config.length)
         self.n = 0 if not len(slot) else int(slot.max()) // config.length + 1
-        self.history, self.asked, self.config, self.size = history, asked, config, size
+        self.config, self.size = config, size
+
+        def copy(values: np.ndarray) -> Tensor:
+            return torch.as_tensor(np.array(values))  # what processes share cannot be written, and PyTorch warns of it
+
+        told = {"event": history} | ({} if asked is None else {"question": asked})
+        self.told = {
+            (name, side): copy(values) for side, what in told.items() for name in ("query", "context")
+            if getattr(config, name) and (values := getattr(what, name)) is not None and len(values)
+        }
+        self.query_vectors = copy(history.query_vectors).float() if config.query and history.query_vectors is not None else None
+        self.profile = copy(history.profile).float() if config.profile else None
+        self.pages = (copy(history.page), copy(history.clicks.sum(axis=1))) if asked is None and history.page is not None else None
 
         def spread(values: np.ndarray, empty: int) -> Tensor:
             full = np.full(self.n * config.length, empty, np.int64)
@@ -595,28 +607,22 @@ class Rows:
         if not 0 <= number < len(self):
             raise IndexError(f"there are {len(self)} batches, no batch {number}")
         batch = {name: column[number * self.size : (number + 1) * self.size] for name, column in self.columns.items()}
-        event, question = batch.pop("event"), batch.pop("question")
+        rows = {side: batch.pop(side) for side in ("event", "question")}
         for name in ("query", "context"):
             if getattr(self.config, name):
-                batch[name] = self._said(name, self.history, event) + (0 if self.asked is None else self._said(name, self.asked, question))
-        if self.config.profile:  # at every token: the first one is cut off where the history is long
-            profile = torch.as_tensor(self.history.profile, dtype=torch.float32)
-            batch["profile"] = profile[batch["user"].clamp(min=0)] * (batch["user"] >= 0)[..., None]
-        if self.asked is None and self.history.page is not None:
-            row = event.clamp(min=0)
-            batch["page"] = torch.where((event >= 0)[..., None], torch.as_tensor(self.history.page)[row], -1)
-            batch["weight"] = torch.as_tensor(self.history.clicks.sum(axis=1))[row] * (event >= 0)
+                batch[name] = torch.zeros(*batch["item"].shape, getattr(self.config, name))
+                for side, row in rows.items():
+                    if (name, side) in self.told:
+                        there, found = row >= 0, self.told[name, side][row.clamp(min=0)]
+                        if name == "query":
+                            there, found = there & (found >= 0), self.query_vectors[found.clamp(min=0)]
+                        batch[name] += found.float() * there[..., None]
+        if self.profile is not None:  # at every token: the first one is cut off where the history is long
+            batch["profile"] = self.profile[batch["user"].clamp(min=0)] * (batch["user"] >= 0)[..., None]
+        if self.pages is not None:
+            there, (page, weight) = rows["event"] >= 0, (table[rows["event"].clamp(min=0)] for table in self.pages)
+            batch |= {"page": torch.where(there[..., None], page, -1), "weight": weight * there}
         return batch
-
-    def _said(self, name: str, what: Sequences | Questions, row: Tensor) -> Tensor:
-        """Queries' vectors or contexts of requests, zeros where there is none, (rows, length, features)."""
-        values = getattr(what, name)
-        if values is None or not len(values):
-            return torch.zeros(*row.shape, getattr(self.config, name))
-        there, found = row >= 0, torch.as_tensor(values)[row.clamp(min=0)]
-        if name == "query":
-            there, found = there & (found >= 0), torch.as_tensor(self.history.query_vectors)[found.clamp(min=0)]
-        return found.float() * there[..., None]
 
 # %% ../../nbs/model/09_shopper.ipynb #00000022
 def config_of(train: Sequences, **sizes: object) -> ShopperConfig:
