@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ecomrec.data.artefacts import ArtefactError
 from ecomrec.evaluate.metrics import ndcg
 from ecomrec.search.index import with_feedback
-from ecomrec.search.ranking import LambdaRanker, match_features, mixture_ndcg, rerank, tune_mixture, weight_grid
+from ecomrec.search.ranking import ChoiceRanker, LambdaRanker, match_features, mixture_ndcg, rerank, tune_mixture, weight_grid
 
 QUICK = settings(deadline=None, max_examples=25)
 COLUMNS = [
@@ -152,6 +152,34 @@ def test_features_refuse_what_cannot_be_matched(products):
     with pytest.raises(ValueError, match="item 'z' is not among"):
         match_features(products, QUERIES, PAIRS.replace("c", "z"))
     assert match_features(products, QUERIES, PAIRS[:0]).shape == (0, len(COLUMNS))
+
+
+# clicks
+
+
+@given(st.integers(0, 2**31), st.floats(-5, 5))
+@QUICK
+def test_an_offset_takes_out_what_decided_who_could_be_chosen(seed, shift):
+    rng = np.random.default_rng(seed)
+    features, known, looks = rng.normal(size=(200, 6, 2)), np.array([1.0, -0.5]), rng.uniform(0.05, 1, size=(200, 6))
+    chosen = looks * np.exp(features @ known)
+    expected = chosen / chosen.sum(axis=1, keepdims=True)  # shares of the clicks, without noise
+    fit = lambda **more: ChoiceRanker(["a", "b"], decay=0).fit(features, expected, **more)
+    corrected = fit(offset=np.log(looks) + shift * rng.normal(size=(200, 1)))  # what all of a page share says nothing
+    assert np.allclose(corrected.weights / corrected.spread, known, atol=1e-4)
+    assert np.abs(fit().weights / corrected.spread - known).max() > 1e-3
+    assert np.array_equal(fit(offset=np.zeros((200, 6))).weights, fit().weights)
+
+
+def test_an_offset_is_refused_where_it_does_not_fit_and_unread_where_nothing_is_offered():
+    features, clicks = np.random.default_rng(0).normal(size=(4, 3, 1)), np.eye(3)[[0, 1, 0, 1]]
+    there = np.ones((4, 3), dtype=bool)
+    there[:, 2] = False
+    nothing = np.where(there, 0.0, -np.inf)
+    assert np.array_equal(*(ChoiceRanker(["a"]).fit(features, clicks, there, offset).weights for offset in (None, nothing)))
+    for wrong in (np.zeros((4, 2)), np.zeros(3), np.full((4, 3), np.nan), nothing):
+        with pytest.raises(ValueError, match="offset: shape"):
+            ChoiceRanker(["a"]).fit(features, clicks, None, wrong)
 
 
 # trees

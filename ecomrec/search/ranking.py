@@ -239,15 +239,16 @@ def _checked_pages(names: list[str], features: np.ndarray, offered: np.ndarray |
     return np.where(offered[:, :, None], features, 0.0), offered
 
 
-def _fit_logit(features: np.ndarray, offered: np.ndarray, clicks: np.ndarray, decay: float) -> np.ndarray:
-    """Weights (features,) that minimise the weighted loss of the clicks plus decay / 2 times their squared length."""
+def _fit_logit(features: np.ndarray, offered: np.ndarray, clicks: np.ndarray, decay: float, offset: np.ndarray | float = 0.0) -> np.ndarray:
+    """Weights (features,) that minimise the weighted loss of the clicks plus decay / 2 times their squared length; an offset adds to the utilities."""
     x, closed, weight = torch.from_numpy(features), torch.from_numpy(~offered), torch.from_numpy(clicks)
+    given = torch.as_tensor(offset, dtype=x.dtype)
     w = torch.zeros(x.shape[2], dtype=torch.float64, requires_grad=True)
     optimiser = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = clicks_loss((x @ w).masked_fill(closed, -torch.inf), weight) + decay / 2 * w.square().sum()
+        loss = clicks_loss((x @ w + given).masked_fill(closed, -torch.inf), weight) + decay / 2 * w.square().sum()
         loss.backward()
         return loss
 
@@ -268,7 +269,9 @@ class ChoiceRanker:
         self.names, self.decay = list(names), float(decay)
         self.mean = self.spread = self.weights = None
 
-    def fit(self, features: np.ndarray, clicks: np.ndarray, offered: np.ndarray | None = None) -> Self:
+    def fit(
+        self, features: np.ndarray, clicks: np.ndarray, offered: np.ndarray | None = None, offset: np.ndarray | None = None
+    ) -> Self:
         """Learn from pages and their clicks.
 
         Args:
@@ -276,10 +279,12 @@ class ChoiceRanker:
             clicks: Weight of the click on each candidate, e.g. 1/propensity, or a bool, (pages, candidates); 0 without
                 a click.
             offered: Which candidates were there to be chosen, bool (pages, candidates); all if left out.
+            offset: What adds to the utilities while learning and is not learned, e.g. the log of the probability that the
+                candidate was looked at, (pages, candidates), finite where offered; `scores` leaves it out.
         Returns:
             The ranker itself.
         Raises:
-            ValueError: If shapes differ, a feature is not finite, a click is on what was not offered, or there is none.
+            ValueError: If shapes differ, a feature or offset is not finite, a click is on what was not offered, or there is none.
         """
         features, offered = _checked_pages(self.names, features, offered)
         clicks = np.asarray(clicks, dtype=float)
@@ -287,9 +292,13 @@ class ChoiceRanker:
             raise ValueError(
                 f"clicks: shape {clicks.shape}, but the pages are {offered.shape}, and something must be offered"
             )
+        offset = np.zeros(offered.shape) if offset is None else np.asarray(offset, dtype=float)
+        if offset.shape != offered.shape or not np.isfinite(offset[offered]).all():
+            raise ValueError(f"offset: shape {offset.shape}; it must be finite and {offered.shape}; what could not be chosen is not offered")
         self.mean, spread = features[offered].mean(axis=0), features[offered].std(axis=0)
         self.spread = np.where(spread > 1e-9, spread, 1.0)  # a constant feature has no say
-        self.weights = _fit_logit((features - self.mean) / self.spread, offered, clicks, self.decay)
+        scaled_features = (features - self.mean) / self.spread
+        self.weights = _fit_logit(scaled_features, offered, clicks, self.decay, np.where(offered, offset, 0.0))
         return self
 
     def scores(self, features: np.ndarray, offered: np.ndarray | None = None) -> np.ndarray:
