@@ -14,6 +14,7 @@ from ecomrec import lab
 from ecomrec.data import sources
 
 SMALL = {
+    "biased_logs": {"sizes": [400]},
     "closed_loop": {"requests_per_round": 300, "held_out_requests": 100, "rounds": 2},
     "preparation": {"held_out_requests": 60, "engine": "duckdb"},
     "next_item": {"epochs": 2},
@@ -40,6 +41,12 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     if name == "closed_loop":
         assert first["random/ndcg@10"] < first["first_round/ndcg@10"] < first["corrected/ndcg@10"] < first["oracle/ndcg@10"] == 1
         assert first["oracle/regret"] == 0 < first["best_candidates/regret"] < first["random/regret"]
+    elif name == "biased_logs":
+        corrected = ("ips", "denoised_shown", "availability")
+        assert first["old/ndcg@10[policy=bad]"] < first["naive/ndcg@10[policy=bad]"] < min(first[f"{arm}/ndcg@10[policy=bad]"] for arm in corrected)
+        assert first["random/ndcg@10"] < first["skyline/ndcg@10[policy=bad]"] < first["best_candidates/ndcg@10"] < first["oracle/ndcg@10"] == 1
+        assert first["old/ndcg@10[policy=bad]"] < first["random/ndcg@10"] < first["old/ndcg@10[policy=mediocre]"] < first["old/ndcg@10[policy=good]"]
+        assert first["skyline/repeats[policy=bad]"] < first["naive/repeats[policy=bad]"]
     elif name == "preparation":
         assert min(first[f"{kind}/{metric}"] for kind in ("duplicates", "clocks", "impossible_values", "unknown_keys", "robots") for metric in ("precision", "recall")) >= 0.99
         assert first["model/price_error[gap=random]"] < first["median/price_error[gap=random]"] < first["constant/price_error[gap=random]"]
