@@ -18,6 +18,7 @@ SMALL = {
     "closed_loop": {"requests_per_round": 300, "held_out_requests": 100, "rounds": 2},
     "preparation": {"held_out_requests": 60, "engine": "duckdb"},
     "next_item": {"epochs": 2},
+    "personalised": {"epochs": 1, "ablate": False},
     "relevance": {"max_tokens": 16},
     "ablations": {"parts": ["negatives", "learning_rate"]},
 }
@@ -34,7 +35,7 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     first = metrics(folder)
     again = lab.run(name, SMALL[name], file=file, root=tmp_path / "again", progress=False)  # far from what the first one cached
     assert metrics(again) == first
-    unit = "user" if name == "next_item" else "query"
+    unit = "user" if name in ("next_item", "personalised") else "query"
     for kept in ("run.json", "run.ipynb", "report.html", f"per_{unit}.parquet"):
         assert (folder / kept).is_file()
     assert (folder / "engine/manifest.json").is_file() == (name in ("closed_loop", "relevance"))
@@ -56,6 +57,12 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
         assert {f"{system}/{metric}@{k}" for system in systems for metric in ("recall", "ndcg") for k in (5, 10, 20)} <= set(first)
         assert 0 < first["random/ndcg@10"] < 0.1 and {"attributes/ndcg@10[order=shuffled]", "attributes/refitted_ndcg@10", "mixture/ndcg@10[cold=0]"} <= set(first)
         assert all(0 <= first[f"{system}/ndcg@10"] <= first[f"{system}/recall@20"] <= 1 for system in systems)
+    elif name == "personalised":
+        systems = ("random", "popularity", "co_occurrence", "single_task", "naive", "shopper", "mixture", "skyline", "oracle")
+        assert {f"{system}/ndcg@10[task={task}]" for system in systems for task in ("search", "personalised", "recommend")} <= set(first)
+        for task in ("search", "personalised"):
+            assert first[f"random/ndcg@10[task={task}]"] < first[f"zero_shot/ndcg@10[task={task}]"] < first[f"shopper/ndcg@10[task={task}]"] < first[f"oracle/ndcg@10[task={task}]"] == 1
+        assert first["popularity/recall@10[task=personalised,cold=1]"] == 0 < first["shopper_0/recall@10[task=personalised,cold=1]"]
     elif name == "ablations":
         rows = ("base", "another_seed=1", "zero_shot", "negatives=mined", "negatives=unfiltered", "search=best")
         assert first["random/inner_ndcg@10"] < min(first[f"{row}/inner_ndcg@10"] for row in rows)
@@ -63,6 +70,17 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     else:
         assert first["random/judged_ndcg@10"] < min(first[f"{rung}/judged_ndcg@10"] for rung in ("bm25", "zero_shot", "hybrid"))
         assert {"hybrid/judged_ndcg@10[language=zh]", "hybrid/judged_ndcg@10[language=en]", "hybrid/kappa"} <= set(first)
+
+
+def test_a_log_without_a_truth_is_judged_by_its_clicks(tmp_path):
+    shop = sources.folder("shop")
+    for table in ("products", "users", "events"):
+        (tmp_path / f"{table}.parquet").write_bytes((shop / f"{table}.parquet").read_bytes())
+    own = {table: str(tmp_path / f"{table}.parquet") for table in ("products", "events")}
+    file = lab.home() / "nbs" / "experiments" / "personalised.demo.yaml"
+    folder = lab.run("personalised", own | {"source": "files", "seeds": [0], "epochs": 1, "ablate": False}, file=file, root=tmp_path / "runs", progress=False)
+    found = metrics(folder)
+    assert not [key for key in found if key.startswith("skyline")] and 0 < found["shopper/ndcg@10[task=search]"] < 1
 
 
 def own_files(folder, n_queries: int, grade) -> dict[str, str]:
