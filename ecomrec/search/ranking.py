@@ -224,22 +224,20 @@ def fit_weights(
 
 # %% ../../nbs/search/03_ranking.ipynb #0000001d
 def _checked_pages(names: list[str], features: np.ndarray, offered: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Features (pages, candidates, features) with 0 where nothing was offered, and how far each was offered, in [0, 1]."""
+    """Features (pages, candidates, features) with 0 where nothing was offered, and the mask of what was."""
     features = np.asarray(features, dtype=float)
     if features.ndim != 3 or features.shape[2] != len(names):
         raise ValueError(f"features: shape {features.shape}; it must be (pages, candidates, {len(names)}: {names})")
-    offered = np.ones(features.shape[:2]) if offered is None else np.asarray(offered, dtype=float)
+    offered = np.ones(features.shape[:2], dtype=bool) if offered is None else np.asarray(offered, dtype=bool)
     if offered.shape != features.shape[:2]:
         raise ValueError(f"offered: shape {offered.shape}, but the pages are {features.shape[:2]}")
-    if not ((offered >= 0) & (offered <= 1)).all():
-        raise ValueError("offered: it must be True or False, or the chance in [0, 1] that a candidate was looked at")
-    wrong = ~np.isfinite(features) & (offered > 0)[:, :, None]
+    wrong = ~np.isfinite(features) & offered[:, :, None]
     if wrong.any():
         page, candidate, column = np.argwhere(wrong)[0]
         raise ValueError(
             f"features: {names[column]!r} of candidate {candidate} on page {page} is not finite; fill it first"
         )
-    return np.where((offered > 0)[:, :, None], features, 0.0), offered
+    return np.where(offered[:, :, None], features, 0.0), offered
 
 
 def _fit_logit(
@@ -247,10 +245,9 @@ def _fit_logit(
 ) -> np.ndarray:
     """Weights (features,) that minimise the weighted loss of the clicks plus their squared distance from the start (0), times decay / 2.
 
-    A decay of the shape (features, features) measures the distance in its own directions; what was offered by halves counts by halves.
+    A decay of the shape (features, features) measures the distance in its own directions.
     """
-    x, weight = torch.from_numpy(features), torch.from_numpy(clicks)
-    closed, seen = torch.from_numpy(offered <= 0), torch.from_numpy(np.log(np.where(offered > 0, offered, 1.0)))
+    x, closed, weight = torch.from_numpy(features), torch.from_numpy(~offered), torch.from_numpy(clicks)
     centre = torch.zeros(x.shape[2], dtype=torch.float64) if start is None else torch.from_numpy(start)
     pull = torch.from_numpy(decay * np.eye(x.shape[2]) if np.ndim(decay) == 0 else decay)
     w = centre.clone().requires_grad_()
@@ -258,7 +255,7 @@ def _fit_logit(
 
     def closure():
         optimiser.zero_grad()
-        loss = clicks_loss((x @ w + seen).masked_fill(closed, -torch.inf), weight) + (w - centre) @ pull @ (w - centre) / 2
+        loss = clicks_loss((x @ w).masked_fill(closed, -torch.inf), weight) + (w - centre) @ pull @ (w - centre) / 2
         loss.backward()
         return loss
 
@@ -273,7 +270,7 @@ def _covariance(features: np.ndarray, offered: np.ndarray, clicks: np.ndarray, w
     """
     taught = clicks.any(axis=1)
     features, offered, clicks = features[taught], offered[taught], clicks[taught]
-    chance = softmax(np.where(offered > 0, features @ weights + np.log(np.where(offered > 0, offered, 1.0)), -np.inf), axis=1)
+    chance = softmax(np.where(offered, features @ weights, -np.inf), axis=1)
     mean, total = np.einsum("pc,pcf->pf", chance, features), clicks.sum(axis=1)
     flat = features * np.sqrt(chance * total[:, None])[:, :, None]
     flat = flat.reshape(-1, features.shape[2])
@@ -307,8 +304,7 @@ class ChoiceRanker:
             features: (pages, candidates, features), finite where offered.
             clicks: Weight of the click on each candidate, e.g. 1/propensity, or a bool, (pages, candidates); 0 without
                 a click.
-            offered: Which candidates were there to be chosen, (pages, candidates); all if left out. Beside True and False a chance of
-                being looked at, such as that of a place on the page: two candidates that were looked at alike are compared as they are.
+            offered: Which candidates were there to be chosen, bool (pages, candidates); all if left out.
             prior: A ranker of the same features to go on from; its scales stay, and its covariance says how firmly it believes.
             trust: By how much that counts: 1 for a log that the prior has not seen, less where pages of its own are replayed or the world has changed.
         Returns:
@@ -324,7 +320,7 @@ class ChoiceRanker:
             )
         start, pull = None, self.decay * np.eye(len(self.names))
         if prior is None:
-            there = features[offered > 0]
+            there = features[offered]
             self.mean, spread = there.mean(axis=0), there.std(axis=0)
             self.spread = np.where(spread > 1e-9, spread, 1.0)  # a constant feature has no say
         else:
@@ -347,7 +343,14 @@ class ChoiceRanker:
         features, offered = _checked_pages(self.names, features, offered)
         weights = self.weights if rng is None else rng.multivariate_normal(self.weights, self.covariance, size=len(features))[:, :, None]
         utility = ((features - self.mean) / self.spread) @ weights
-        return np.where(offered > 0, utility.reshape(offered.shape), -np.inf)
+        return np.where(offered, utility.reshape(offered.shape), -np.inf)
+
+    def marginal(self, names: Sequence[str]) -> Self:
+        """What was learned of some of the features alone, such as all but the places on the page."""
+        some, out = [self.names.index(name) for name in names], type(self)(names, self.decay)
+        out.mean, out.spread, out.weights = self.mean[some], self.spread[some], self.weights[some]
+        out.covariance = self.covariance[np.ix_(some, some)]
+        return out
 
     def table(self) -> pd.DataFrame:
         """What was learned: the weight of each feature on its standardised scale, and on its own."""
