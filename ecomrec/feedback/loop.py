@@ -379,45 +379,34 @@ class Gate:
     """Says whether a ranker may serve.
 
     Args:
-        shop: The clean tables.
-        candidates: Finds the candidates.
         margin: Share of what the ranker in service has, by which the lower end of the difference may lie below 0.
         clip: Largest weight of a held-back click offline.
-        temperature: Of the pages, as of the learner.
         days: How old the newest lesson may be.
         scale: Spreads by which the held-back mean of a feature may lie from that of training.
     """
 
-    shop: Tables
-    candidates: Candidates
     margin: float = 0.1
     clip: float = 50.0
-    temperature: float = TEMPERATURE
     days: float = 2.0
     scale: float = 3.0
 
-    def __call__(self, proposal: Proposal, serving: ChoiceRanker | None, held: Pages, events: pd.DataFrame, known: pd.DataFrame) -> Verdict:
+    def __call__(self, proposal: Proposal, learner: "Learner", held: Pages, known: pd.DataFrame) -> Verdict:
         """Try a proposal on held-back requests.
 
         Args:
             proposal: The ranker that wants to serve.
-            serving: The one in service, None if there is none.
+            learner: Holds the ranker in service (None if there is none yet), the shop, and the log with what came of the requests.
             held: Held-back requests, later than all lessons.
-            events: The log with what came of them.
             known: The log as it was when they were answered.
         """
-        checks = self._records(proposal, held) | self._view(proposal, held, known)
+        checks = self._records(proposal, learner, held) | self._view(proposal, learner, held, known)
         if all(passed for passed, _ in checks.values()):
-            checks |= self._compared(proposal.scores(held), serving, held, events)
+            checks |= self._compared(proposal.scores(held), learner, held)
         else:
             checks |= {name: (False, "not tried") for name in ("offline", "off-policy")}
         return Verdict(pd.DataFrame(checks, index=["passed", "says"]).T.rename_axis("check").astype({"passed": bool}))
 
-    def performance(self, proposal: Proposal, serving: ChoiceRanker | None, held: Pages, events: pd.DataFrame) -> Verdict:
-        """Only the two tests of what the ranking is worth, whatever the records say."""
-        return Verdict(pd.DataFrame(self._compared(proposal.scores(held), serving, held, events), index=["passed", "says"]).T.astype({"passed": bool}))
-
-    def _records(self, proposal: Proposal, held: Pages) -> dict[str, tuple[bool, str]]:
+    def _records(self, proposal: Proposal, learner: "Learner", held: Pages) -> dict[str, tuple[bool, str]]:
         """What the proposal says of itself: names, catalogue, lessons."""
         taught = pd.concat([lesson.pages.requests[["request_id", "ts", "user_id"]] for lesson in proposal.lessons], ignore_index=True).rename(columns={"request_id": "event_id"})
         later, twice = held.requests.rename(columns={"request_id": "event_id"})[["event_id", "ts", "user_id"]], taught["event_id"].duplicated().sum()
@@ -429,17 +418,17 @@ class Gate:
         age = (later["ts"].min() - taught["ts"].max()) / DAY
         return {
             "names": (proposal.ranker.names == list(held.names), f"{len(proposal.ranker.names)} features"),
-            "catalogue": (np.array_equal(proposal.items, self.shop.products["item_id"].to_numpy()), f"{len(proposal.items)} items"),
+            "catalogue": (np.array_equal(proposal.items, learner.shop.products["item_id"].to_numpy()), f"{len(proposal.items)} items"),
             "leaks": leaks, "once": (twice == 0, f"{twice} requests teach twice"), "fresh": (age <= self.days, f"newest lesson {age:.1f} days old"),
         }
 
-    def _view(self, proposal: Proposal, held: Pages, known: pd.DataFrame, n: int = 50) -> dict[str, tuple[bool, str]]:
+    def _view(self, proposal: Proposal, learner: "Learner", held: Pages, known: pd.DataFrame, n: int = 50) -> dict[str, tuple[bool, str]]:
         """What the proposal sees, and what it makes of it."""
         ranker, seen = proposal.ranker, np.asarray(proposal.sees(held), dtype=float)
         if seen.shape != held.features.shape or len(ranker.names) != seen.shape[2]:
             return {"features": (False, f"shape {seen.shape}, not {held.features.shape}")}
         some = np.linspace(0, len(held.rows) - 1, min(n, len(held.rows))).astype(int)
-        told = look_up(held.requests.iloc[some].reset_index(drop=True), self.shop, self.candidates, known).features
+        told = look_up(held.requests.iloc[some].reset_index(drop=True), learner.shop, learner.candidates, known).features
         off = np.abs(told - seen[some]).max(axis=(0, 1), initial=0) > 1e-4
         shift = np.abs(seen[held.offered].mean(axis=0) - ranker.mean) / ranker.spread
         if not np.isfinite(seen).all() or not np.isfinite(ranker.weights).all():
@@ -453,12 +442,13 @@ class Gate:
             "varied": ((spread > 1e-9).mean() > 0.99, f"scores differ on {(spread > 1e-9).mean():.0%} of the pages"),
         }
 
-    def _compared(self, scores: np.ndarray, serving: ChoiceRanker | None, held: Pages, events: pd.DataFrame) -> dict[str, tuple[bool, str]]:
+    def _compared(self, scores: np.ndarray, learner: "Learner", held: Pages) -> dict[str, tuple[bool, str]]:
         """Non-inferiority to the ranker in service, offline and off-policy; superiority to a random order if there is none."""
-        row, *logged = _held_clicks(held, events, self.shop.products)
+        row, *logged = _held_clicks(held, learner.events, learner.shop.products)
+        serving = learner.ranker
         other = np.random.default_rng(0).random(scores.shape) if serving is None else serving.scores(held.features, held.offered)
         other, out = np.where(held.offered, other, -np.inf), {}
-        ways = {"offline": lambda scores: clicked_gain(scores[row], *logged, clip=self.clip), "off-policy": lambda scores: off_policy(scores[row], *logged, self.temperature * page_scale(scores))}
+        ways = {"offline": lambda scores: clicked_gain(scores[row], *logged, clip=self.clip), "off-policy": lambda scores: off_policy(scores[row], *logged, learner.temperature * page_scale(scores))}
         for name, way in ways.items():
             base = way(other)
             change = way(scores) - base
@@ -516,7 +506,7 @@ def rounds_of(
         began = time.perf_counter()
         proposal = learner.propose(seed)
         seconds, back = time.perf_counter() - began, pages.take(late) if gate else None
-        verdict = gate(proposal, learner.ranker, back, learner.events, known) if gate else None
+        verdict = gate(proposal, learner, back, known) if gate else None
         if verdict is None or verdict.promoted:
             learner.promote(proposal)
         elif learner.ranker is None:
