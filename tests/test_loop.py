@@ -180,18 +180,18 @@ def at_the_gate(world):
 ])
 def test_the_gate_names_what_is_wrong(at_the_gate, breaks, check):
     turn = at_the_gate
-    verdict = Gate()(breaks(turn.proposal, turn), turn.learner, turn.held, turn.known)
+    verdict = Gate()(breaks(turn.proposal, turn), turn.learner, turn.held)
     assert not verdict.promoted and check in verdict.reasons and "off-policy" not in verdict.checks.index
 
 
 def test_the_gate_lets_itself_pass_and_no_constant_or_reversed_order(at_the_gate):
     turn, ranker = at_the_gate, at_the_gate.learner.ranker
     same = replace(turn.proposal, ranker=ranker)
-    assert Gate(margin=1e-6)(same, turn.learner, turn.held, turn.known).promoted
+    assert Gate(margin=1e-6)(same, turn.learner, turn.held).promoted
     for factor, reason in ((0.0, "varied"), (-1.0, "off-policy")):
         other = ranker.marginal(ranker.names)
         other.weights = factor * ranker.weights
-        assert reason in Gate()(replace(turn.proposal, ranker=other), turn.learner, turn.held, turn.known).reasons
+        assert reason in Gate()(replace(turn.proposal, ranker=other), turn.learner, turn.held).reasons
 
 
 def test_what_is_refused_does_not_serve(world):

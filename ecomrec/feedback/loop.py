@@ -394,16 +394,15 @@ class Gate:
     days: float = 2.0
     scale: float = 3.0
 
-    def __call__(self, proposal: Proposal, learner: "Learner", held: Pages, known: pd.DataFrame) -> Verdict:
+    def __call__(self, proposal: Proposal, learner: "Learner", held: Pages) -> Verdict:
         """Try a proposal on held-back requests.
 
         Args:
             proposal: The ranker that wants to serve.
             learner: Holds the ranker in service (None if there is none yet), the shop, and the log with what came of the requests.
             held: Held-back requests, later than all lessons.
-            known: The log as it was when they were answered.
         """
-        checks = self._records(proposal, learner, held) | self._view(proposal, learner, held, known)
+        checks = self._records(proposal, learner, held) | self._view(proposal, learner, held)
         if all(passed for passed, _ in checks.values()):
             checks |= self._compared(proposal.scores(held), learner, held)
         return Verdict(pd.DataFrame(checks, index=["passed", "says"]).T.rename_axis("check").astype({"passed": bool}))
@@ -424,13 +423,13 @@ class Gate:
             "leaks": leaks, "once": (twice == 0, f"{twice} requests teach twice"), "fresh": (age <= self.days, f"newest lesson {age:.1f} days old"),
         }
 
-    def _view(self, proposal: Proposal, learner: "Learner", held: Pages, known: pd.DataFrame, n: int = 50) -> dict[str, tuple[bool, str]]:
+    def _view(self, proposal: Proposal, learner: "Learner", held: Pages, n: int = 50) -> dict[str, tuple[bool, str]]:
         """What the proposal sees, and what it makes of it."""
         ranker, seen = proposal.ranker, np.asarray(proposal.sees(held), dtype=float)
         if seen.shape != held.features.shape or len(ranker.names) != seen.shape[2]:
             return {"features": (False, f"shape {seen.shape}, not {held.features.shape}")}
         some = np.linspace(0, len(held.rows) - 1, min(n, len(held.rows))).astype(int)
-        told = look_up(held.requests.iloc[some].reset_index(drop=True), learner.shop, learner.candidates, known).features
+        told = look_up(held.requests.iloc[some].reset_index(drop=True), learner.shop, learner.candidates, learner.events).features
         off = np.abs(told - seen[some]).max(axis=(0, 1), initial=0) > 1e-4
         shift = np.abs(seen[held.offered].mean(axis=0) - ranker.mean) / ranker.spread
         if not np.isfinite(seen).all() or not np.isfinite(ranker.weights).all():
@@ -468,7 +467,6 @@ class Round:
     proposal: Proposal
     verdict: Verdict | None
     held: Pages | None
-    known: pd.DataFrame
     truth: Truth
     seconds: float
 
@@ -500,7 +498,7 @@ def rounds_of(
         ValueError: If the gate refuses the very first ranker.
     """
     asked = learner.events[(learner.events["kind"] == "search") & learner.events["query"].notna()]
-    pages, known, later = learner.look_up(asked.reset_index(drop=True)), learner.events, learner.events.head(0)
+    pages, later = learner.look_up(asked.reset_index(drop=True)), learner.events.head(0)
     for number, day in enumerate(days, start=1):
         cut = int(pages.requests["ts"].quantile(1 - held)) if gate else None
         late = np.zeros(len(pages.rows), dtype=bool) if cut is None else (pages.requests["ts"] >= cut).to_numpy()
@@ -508,20 +506,19 @@ def rounds_of(
         began = time.perf_counter()
         proposal = learner.propose(seed)
         seconds, back = time.perf_counter() - began, pages.take(late) if gate else None
-        verdict = gate(proposal, learner, back, known) if gate else None
+        verdict = gate(proposal, learner, back) if gate else None
         if verdict is None or verdict.promoted:
             learner.promote(proposal)
         elif learner.ranker is None:
             raise ValueError(f"the gate refused the first ranker ({', '.join(verdict.reasons)}); there is none to serve instead:\n{verdict.checks}")
-        yield Round(number, learner, proposal, verdict, back, known, truth, seconds)
+        yield Round(number, learner, proposal, verdict, back, truth, seconds)
         if gate:
             learner.learn(back)  # after the gate it may teach
         if number < len(days):
             truth, learner.serves = change(number, truth, learner), True
-            draw, known = 1_000 * seed + number, learner.events
+            draw = 1_000 * seed + number
             requests = truth.requests(n, seed=draw, day=day)
-            pages = learner.look_up(requests)
-            items, propensities = learner.fill(pages, draw)
+            items, propensities = learner.fill(learner.look_up(requests), draw)
             answers = truth.respond(requests, items, propensities, policy=f"{learner.name}-{number}", seed=draw)
             truth = truth.remember(answers)
             answers = pd.concat([later, answers], ignore_index=True)
@@ -529,4 +526,5 @@ def rounds_of(
             later = answers[~now]
             tables, _ = clean(replace(learner.shop, events=answers[now], judgements=None))
             learner.events = pd.concat([learner.events, tables.events], ignore_index=True)
-            pages = pages.take(pages.requests["request_id"].isin(tables.events["request_id"]).to_numpy())
+            # A page was filled by what was known that morning; what it teaches is as of its moment.
+            pages = learner.look_up(requests[requests["request_id"].isin(tables.events["request_id"])].reset_index(drop=True))
