@@ -27,13 +27,18 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
+def repeatable(found):
+    """All but what a clock measured."""
+    return {name: value for name, value in found.items() if not name.endswith("/retrain_seconds")}
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     file = lab.home() / "nbs" / "experiments" / f"{name}.demo.yaml"
     folder = lab.run(name, SMALL[name], file=file, root=tmp_path, progress=False)
     first = metrics(folder)
     again = lab.run(name, SMALL[name], file=file, root=tmp_path / "again", progress=False)  # far from what the first one cached
-    assert metrics(again) == first
+    assert repeatable(metrics(again)) == repeatable(first)
     unit = "user" if name == "next_item" else "query"
     for kept in ("run.json", "run.ipynb", "report.html", f"per_{unit}.parquet"):
         assert (folder / kept).is_file()
