@@ -83,6 +83,7 @@ def test_signals_add_up_and_end_at_nothing():
     told = signals(events, WORTH).set_index("item_id")
     assert told["target"].to_dict() == {"a": 3.0, "b": 0.0, "c": 0.0} and told.loc["a", "rating"] == 2
     assert signals(events, {"click": 1.0})["target"].sum() == 2
+    assert signals(events[events["kind"] != "impression"], {"click": 1.0})["item_id"].tolist() == ["a", "b"]  # a log that keeps clicks only
 
 
 def test_the_best_page_has_no_regret_and_the_worst_most():

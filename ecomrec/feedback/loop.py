@@ -112,13 +112,13 @@ WORTH = {"click": 1.0, "cart": 1.0, "purchase": 1.0, "return": -2.0, "rating": 0
 
 
 def signals(events: pd.DataFrame, worth: Mapping[str, float]) -> pd.DataFrame:
-    """Explicit and implicit feedback on what was shown, a row a request and item.
+    """Explicit and implicit feedback on what was shown, a row a request and item; what was acted on was shown, even if no impression says so.
 
     Args:
         events: The log.
         worth: What each kind of event adds to the target; `rating` for each star above 3. Kinds that are left out add nothing.
     Returns:
-        request_id, item_id, position, propensity, one column for each kind of `worth` (0 or 1; stars - 3 for `rating`, 0 without one), and
+        request_id, item_id, position, propensity, recorded (whether an impression says so), one column for each kind of `worth` (0 or 1; stars - 3 for `rating`, 0 without one), and
         `target`, their weighted sum, at least 0.
     Raises:
         ValueError: If a kind is none that a shopper can do.
@@ -127,7 +127,8 @@ def signals(events: pd.DataFrame, worth: Mapping[str, float]) -> pd.DataFrame:
     if unknown:
         raise ValueError(f"worth: {unknown[0]!r} is nothing that a shopper does to an item; known are {', '.join(WORTH)}")
     key = ["request_id", "item_id"]
-    out = events.loc[events["kind"] == "impression", [*key, "position", "propensity"]].drop_duplicates(key, ignore_index=True)
+    shown, acted = events[events["kind"] == "impression"], events[events["kind"].isin(list(worth))].assign(propensity=np.nan)
+    out = pd.concat([shown.assign(recorded=True), acted.assign(recorded=False)])[[*key, "position", "propensity", "recorded"]].drop_duplicates(key, ignore_index=True)
     place = pd.MultiIndex.from_frame(out[key])
     for kind in worth:
         done = events[events["kind"] == kind]
@@ -156,6 +157,8 @@ def targets(
     if clip is not None and not clip >= 1:
         raise ValueError(f"clip is the largest weight of a click and must be at least 1, not {clip}")
     told = signals(events[events["request_id"].isin(pages.requests["request_id"])], worth or {"click": 1.0})
+    if clip is not None or shown:
+        told = told[told["recorded"]]  # of the others nobody knows how they came to be seen
     request, item = pd.Index(pages.requests["request_id"]).get_indexer(told["request_id"]), pd.Index(products["item_id"]).get_indexer(told["item_id"])
     told, request, item = told[request >= 0], request[request >= 0], item[request >= 0]
     match = pages.rows[request] == item[:, None]
@@ -454,7 +457,7 @@ class Gate:
             base = way(other)
             change = way(scores) - base
             least = 0.0 if serving is None else -self.margin * abs(base.value)
-            out[name] = (change.low > least, f"{base.value:.4f} {change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}], lower end must be above {least:+.4f}")
+            out[name] = (change.low > least, f"{base.value:.3f} {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] > {least:+.3f}")
         return out
 
 # %% ../../nbs/feedback/04_loop.ipynb #0000002f
