@@ -349,3 +349,51 @@ def test_bm25_by_field_follows_its_constants(products):
     usual, flat = match_features(products, QUERIES, PAIRS), match_features(products, QUERIES, PAIRS, k1=0.4, b=0.0)
     by_field = [name for name in usual if name.startswith("bm25_")]
     assert (usual[by_field] != flat[by_field]).any(axis=None) and usual.drop(columns=by_field).equals(flat.drop(columns=by_field))
+
+
+# how sure the choice ranker is, and how it goes on
+
+
+def _chosen(seed, pages=300, known=(1.0, -0.5), weigh=False):
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(pages, 6, len(known)))
+    clicks = np.eye(6)[(features @ np.array(known) + rng.gumbel(size=(pages, 6))).argmax(axis=1)]
+    return features, clicks * (rng.choice([1.0, 9.0], size=(pages, 1)) if weigh else 1.0)
+
+
+@pytest.mark.parametrize("weigh", [False, True])
+def test_the_truth_lies_where_the_ranker_says_it_may(weigh):
+    inside = []
+    for seed in range(120):
+        ranker = ChoiceRanker(["a", "b"], decay=1e-9).fit(*_chosen(seed, weigh=weigh))
+        z = (ranker.weights - np.array([1.0, -0.5]) * ranker.spread) / np.sqrt(np.diag(ranker.covariance))
+        inside.extend(np.abs(z) < 1.96)
+    assert 0.90 < np.mean(inside) < 0.99
+
+
+def test_going_on_is_near_to_reading_everything_and_a_firm_prior_stays():
+    days = [_chosen(seed) for seed in range(4)]
+    ranker = ChoiceRanker(["a", "b"], decay=1e-6).fit(*days[0])
+    for day in days[1:]:
+        ranker = ChoiceRanker(["a", "b"]).fit(*day, prior=ranker)
+    whole = ChoiceRanker(["a", "b"], decay=1e-6).fit(*(np.concatenate(part) for part in zip(*days)))
+    error = np.sqrt(np.diag(whole.covariance))
+    assert (np.abs(ranker.weights / ranker.spread - whole.weights / whole.spread) < error).all()
+    assert np.allclose(np.sqrt(np.diag(ranker.covariance)), error, rtol=0.25)
+    other = _chosen(9, known=(-1.0, 0.5))
+    firm, loose = (ChoiceRanker(["a", "b"]).fit(*other, prior=whole, trust=trust).weights for trust in (1.0, 1e-6))
+    assert firm[0] > 0 > loose[0]
+    with pytest.raises(ValueError, match=r"trust in \(0, 1\], not 0"):
+        ChoiceRanker(["a", "b"]).fit(*days[0], prior=whole, trust=0)
+
+
+def test_a_marginal_is_the_same_ranker_without_the_others(tmp_path):
+    ranker = ChoiceRanker(["a", "b", "c"]).fit(*_chosen(1, known=(1.0, -0.5, 0.2)))
+    alone, x = ranker.marginal(["c", "a"]), np.zeros((1, 2, 3))
+    x[0, 0] = [1.0, 0.0, 2.0]
+    both = ranker.scores(x)[0] @ [1, -1]
+    assert np.isclose(alone.scores(x[:, :, [2, 0]])[0] @ [1, -1], both) and alone.covariance[0, 1] == ranker.covariance[2, 0]
+    ranker.save(tmp_path / "ranker")
+    again = ChoiceRanker.load(tmp_path / "ranker")
+    rng = np.random.default_rng
+    assert np.array_equal(again.scores(x, rng=rng(0)), ranker.scores(x, rng=rng(0))) and not np.array_equal(again.scores(x, rng=rng(1)), ranker.scores(x, rng=rng(0)))

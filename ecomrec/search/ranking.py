@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.numpy import load_file, save_file
+from scipy.special import softmax
 
 from ..data.artefacts import verify, write_json, writing
 from ..evaluate.metrics import evaluate
@@ -239,38 +240,65 @@ def _checked_pages(names: list[str], features: np.ndarray, offered: np.ndarray |
     return np.where(offered[:, :, None], features, 0.0), offered
 
 
-def _fit_logit(features: np.ndarray, offered: np.ndarray, clicks: np.ndarray, decay: float, offset: np.ndarray | float = 0.0) -> np.ndarray:
-    """Weights (features,) that minimise the weighted loss of the clicks plus decay / 2 times their squared length; an offset adds to the utilities."""
+def _fit_logit(
+    features: np.ndarray, offered: np.ndarray, clicks: np.ndarray, decay: float | np.ndarray, start: np.ndarray | None = None, offset: np.ndarray | float = 0.0
+) -> np.ndarray:
+    """Weights (features,) that minimise the weighted loss of the clicks plus their squared distance from the start (0), times decay / 2.
+
+    A decay of the shape (features, features) measures the distance in its own directions; an offset adds to the utilities.
+    """
     x, closed, weight = torch.from_numpy(features), torch.from_numpy(~offered), torch.from_numpy(clicks)
     given = torch.as_tensor(offset, dtype=x.dtype)
-    w = torch.zeros(x.shape[2], dtype=torch.float64, requires_grad=True)
+    centre = torch.zeros(x.shape[2], dtype=torch.float64) if start is None else torch.from_numpy(start)
+    pull = torch.from_numpy(decay * np.eye(x.shape[2]) if np.ndim(decay) == 0 else decay)
+    w = centre.clone().requires_grad_()
     optimiser = torch.optim.LBFGS([w], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
-        loss = clicks_loss((x @ w + given).masked_fill(closed, -torch.inf), weight) + decay / 2 * w.square().sum()
+        loss = clicks_loss((x @ w + given).masked_fill(closed, -torch.inf), weight) + (w - centre) @ pull @ (w - centre) / 2
         loss.backward()
         return loss
 
     optimiser.step(closure)
     return w.detach().numpy()
 
+
+def _covariance(features: np.ndarray, offered: np.ndarray, clicks: np.ndarray, weights: np.ndarray, pull: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """How far the fitted weights may be from the true ones, (features, features): a sandwich over pages, each page one draw.
+
+    Source: Huber (1967); White (1982), maximum likelihood estimation of misspecified models.
+    """
+    taught = clicks.any(axis=1)
+    features, offered, clicks = features[taught], offered[taught], clicks[taught]
+    chance = softmax(np.where(offered, features @ weights + offset[taught], -np.inf), axis=1)
+    mean, total = np.einsum("pc,pcf->pf", chance, features), clicks.sum(axis=1)
+    flat = features * np.sqrt(chance * total[:, None])[:, :, None]
+    flat = flat.reshape(-1, features.shape[2])
+    size = clicks.sum() ** 2 / (clicks**2).sum()  # so many clicks of equal weight would say as much
+    bend = (flat.T @ flat - (mean * total[:, None]).T @ mean) / clicks.sum()
+    push = (np.einsum("pc,pcf->pf", clicks, features) - total[:, None] * mean) / clicks.sum()
+    back = np.linalg.inv(size * (bend + pull))
+    return back @ (size**2 * push.T @ push + size * pull) @ back
+
 # %% ../../nbs/search/03_ranking.ipynb #00000021
 class ChoiceRanker:
     """Conditional logit over the features of the candidates, fitted on weighted clicks.
 
     Constructor: `names` of the features in the order of their columns; `decay`, the pull of the weights towards 0 (λ).
-    Learned, (features,) each: `mean` and `spread` of the training pages, `weights` on the standardised scale.
+    Learned, (features,) each: `mean` and `spread` of the training pages, `weights` on the standardised scale; and the
+    `covariance` of the weights, (features, features).
     """
 
     def __init__(self, names: Sequence[str], decay: float = 1e-3):
         if decay < 0 or not len(names) or len(set(names)) < len(names):
             raise ValueError(f"decay must not be negative and names be given once each: {decay}, {list(names)}")
         self.names, self.decay = list(names), float(decay)
-        self.mean = self.spread = self.weights = None
+        self.mean = self.spread = self.weights = self.covariance = None
 
     def fit(
-        self, features: np.ndarray, clicks: np.ndarray, offered: np.ndarray | None = None, offset: np.ndarray | None = None
+        self, features: np.ndarray, clicks: np.ndarray, offered: np.ndarray | None = None, offset: np.ndarray | None = None,
+        prior: Self | None = None, trust: float = 1.0,
     ) -> Self:
         """Learn from pages and their clicks.
 
@@ -281,10 +309,13 @@ class ChoiceRanker:
             offered: Which candidates were there to be chosen, bool (pages, candidates); all if left out.
             offset: What adds to the utilities while learning and is not learned, e.g. the log of the probability that the
                 candidate was looked at, (pages, candidates), finite where offered; `scores` leaves it out.
+            prior: A ranker of the same features to go on from; its scales stay, and its covariance says how firmly it believes.
+            trust: By how much that counts: 1 for a log that the prior has not seen, less where pages of its own are replayed or the world has changed.
         Returns:
             The ranker itself.
         Raises:
-            ValueError: If shapes differ, a feature or offset is not finite, a click is on what was not offered, or there is none.
+            ValueError: If shapes differ, a feature or offset is not finite, a click is on what was not offered, there is none, or the prior is of other
+                features.
         """
         features, offered = _checked_pages(self.names, features, offered)
         clicks = np.asarray(clicks, dtype=float)
@@ -295,18 +326,40 @@ class ChoiceRanker:
         offset = np.zeros(offered.shape) if offset is None else np.asarray(offset, dtype=float)
         if offset.shape != offered.shape or not np.isfinite(offset[offered]).all():
             raise ValueError(f"offset: shape {offset.shape}; it must be finite and {offered.shape}; what could not be chosen is not offered")
-        self.mean, spread = features[offered].mean(axis=0), features[offered].std(axis=0)
-        self.spread = np.where(spread > 1e-9, spread, 1.0)  # a constant feature has no say
+        offset = np.where(offered, offset, 0.0)
+        start, pull = None, self.decay * np.eye(len(self.names))
+        if prior is None:
+            there = features[offered]
+            self.mean, spread = there.mean(axis=0), there.std(axis=0)
+            self.spread = np.where(spread > 1e-9, spread, 1.0)  # a constant feature has no say
+        else:
+            if prior.names != self.names or prior.weights is None or not 0 < trust <= 1:
+                raise ValueError(f"prior: {prior.names} must be fitted and of the features {self.names}, with a trust in (0, 1], not {trust}")
+            self.mean, self.spread, start = prior.mean, prior.spread, prior.weights
+            pull = trust * np.linalg.inv(prior.covariance) / max(clicks.sum() ** 2 / (clicks**2).sum(), 1e-300) if clicks.any() else pull
         scaled_features = (features - self.mean) / self.spread
-        self.weights = _fit_logit(scaled_features, offered, clicks, self.decay, np.where(offered, offset, 0.0))
+        self.weights = _fit_logit(scaled_features, offered, clicks, pull, start, offset)
+        self.covariance = _covariance(scaled_features, offered, clicks, self.weights, pull, offset)
         return self
 
-    def scores(self, features: np.ndarray, offered: np.ndarray | None = None) -> np.ndarray:
-        """Utility of each candidate, float64 (pages, candidates); `-inf` where not offered."""
+    def scores(self, features: np.ndarray, offered: np.ndarray | None = None, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Utility of each candidate, float64 (pages, candidates); `-inf` where not offered.
+
+        With an `rng` each page is scored by weights drawn from what is believed of them (Thompson sampling).
+        """
         if self.weights is None:
             raise ValueError("this ranker has not learned yet: call fit, or load a saved one")
         features, offered = _checked_pages(self.names, features, offered)
-        return np.where(offered, ((features - self.mean) / self.spread) @ self.weights, -np.inf)
+        weights = self.weights if rng is None else rng.multivariate_normal(self.weights, self.covariance, size=len(features))[:, :, None]
+        utility = ((features - self.mean) / self.spread) @ weights
+        return np.where(offered, utility.reshape(offered.shape), -np.inf)
+
+    def marginal(self, names: Sequence[str]) -> Self:
+        """What was learned of some of the features alone, such as all but the places on the page."""
+        some, out = [self.names.index(name) for name in names], type(self)(names, self.decay)
+        out.mean, out.spread, out.weights = self.mean[some], self.spread[some], self.weights[some]
+        out.covariance = self.covariance[np.ix_(some, some)]
+        return out
 
     def table(self) -> pd.DataFrame:
         """What was learned: the weight of each feature on its standardised scale, and on its own."""
@@ -321,7 +374,8 @@ class ChoiceRanker:
             raise ValueError("this ranker has not learned yet: there is nothing to save")
         with writing(Path(folder)) as half:
             write_json(half / "config.json", {"kind": "ChoiceRanker", "names": self.names, "decay": self.decay})
-            save_file({"mean": self.mean, "spread": self.spread, "weights": self.weights}, half / "ranker.safetensors")
+            arrays = {name: np.ascontiguousarray(getattr(self, name)) for name in ("mean", "spread", "weights", "covariance")}
+            save_file(arrays, half / "ranker.safetensors")
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -330,7 +384,7 @@ class ChoiceRanker:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         ranker = cls(config["names"], config["decay"])
         arrays = load_file(Path(folder) / "ranker.safetensors")
-        ranker.mean, ranker.spread, ranker.weights = arrays["mean"], arrays["spread"], arrays["weights"]
+        ranker.mean, ranker.spread, ranker.weights, ranker.covariance = (arrays[name] for name in ("mean", "spread", "weights", "covariance"))
         return ranker
 
 # %% ../../nbs/search/03_ranking.ipynb #00000030
