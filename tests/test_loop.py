@@ -12,7 +12,7 @@ from ecomrec.data.cleaning import clean
 from ecomrec.data.pages import page_propensities, plackett_luce
 from ecomrec.data.simulator import load_truth
 from ecomrec.feedback.loop import (
-    WORTH, Candidates, Gate, Learner, Pages, clicked_gain, fit_ranker, look_up, off_policy, page_scale, quality, rounds_of, signals, targets,
+    WORTH, Candidates, Gate, Learner, Lesson, Pages, clicked_gain, doubted, fit_ranker, look_up, off_policy, page_scale, quality, rounds_of, signals, targets,
 )
 from ecomrec.model.text import DEFAULT_ENCODER
 
@@ -59,6 +59,27 @@ def test_within_the_page_the_ranker_finds_utilities_and_places():
     odds = np.exp(weight[["f0", "f1", "f2"]].to_numpy())
     # With two clicks on some pages the odds are not exactly those of the chances, but near.
     assert np.allclose(odds / odds[0], wanted / wanted[0], rtol=0.15) and np.isclose(np.exp(weight["place 2"]), 0.4, rtol=0.15)
+
+
+def _lesson(seed, weights, n=400):
+    """Pages of four items of which one is chosen by these weights of three features."""
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(n, 4, 3))
+    chosen = (features @ weights + rng.gumbel(size=(n, 4))).argmax(axis=1)
+    pages = _pages(np.tile(np.arange(4), (n, 1)), features)
+    return Lesson(pages, np.eye(4)[chosen], pages.offered, np.zeros((n, 4), dtype="int16"))
+
+
+def test_the_prior_is_doubted_when_and_where_the_world_changes():
+    before, after = np.array([1.0, -0.5, 0.5]), np.array([1.0, 0.3, 0.5])
+    prior = fit_ranker([_lesson(0, before)])
+    alarms = [doubted(prior, [_lesson(seed, before)], level=0.05) is not prior for seed in range(1, 61)]
+    assert sum(alarms) <= 9  # of the 3 expected; 10 and more have a probability of 0.0006
+    loose = doubted(prior, [_lesson(1, after)])
+    grown = np.diag(loose.covariance) - np.diag(prior.covariance)
+    assert (grown >= 0).all() and grown.argmax() == 1 and (loose.weights == prior.weights).all()
+    learned = [fit_ranker([_lesson(1, after)], believed).table()["per_unit"]["f1"] for believed in (prior, loose)]
+    assert abs(learned[1] - after[1]) < abs(learned[0] - after[1])
 
 
 def test_targets_are_clipped_and_strangers_left_out():
