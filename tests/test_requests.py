@@ -24,15 +24,18 @@ def shop():
 
 @pytest.fixture(scope="module")
 def whole(shop):
-    return from_pages(shop.events, shop.products, shop.users, length, weigh=lambda clicked: 1 / clicked["propensity"])
+    return from_pages(shop.events, shop.products, shop.users, length, weigh=lambda clicked: (1 / clicked["propensity"]).fillna(1.0))
 
 
 def test_every_page_and_every_click_is_there(shop, whole):
     asked = requests_of(shop.events[shop.events["user_id"].notna()])
-    shown = examples(shop.events)
+    shown, key = examples(shop.events), ["request_id", "item_id"]
     shown = shown[shown["request_id"].isin(asked["request_id"]) & shown["position"].notna()]
-    assert (whole.items < 0).sum() == len(asked) and (whole.page >= 0).sum() == len(shown) and (whole.clicks > 0).sum() == shown["clicked"].sum()
-    assert whole.clicks.sum() == pytest.approx((1 / shown.loc[shown["clicked"] == 1, "propensity"]).sum(), rel=1e-5)
+    clicks = shop.events[(shop.events["kind"] == "click") & shop.events["request_id"].isin(asked["request_id"])].drop_duplicates(key)
+    clicks = clicks[key].merge(shown[[*key, "propensity"]], how="left")
+    unseen = clicks["propensity"].isna().sum()
+    assert (whole.items < 0).sum() == len(asked) and (whole.page >= 0).sum() == len(shown) + unseen and (whole.clicks > 0).sum() == len(clicks) > unseen > 0
+    assert whole.clicks.sum() == pytest.approx((1 / clicks["propensity"]).fillna(1).sum(), rel=1e-5)
     assert (whole.page[whole.items >= 0] == -1).all() and (whole.clicks[whole.page < 0] == 0).all()
     assert len(whole) >= len(shop.users) and len(whole.item_ids) == len(shop.products)
     order = np.lexsort((whole.ts, whole.user))
@@ -69,13 +72,23 @@ def test_what_comes_later_changes_no_question(whole):
 def test_errors_name_what_is_wrong(shop):
     with pytest.raises(SequenceError, match="without pages take sequences.from_events"):
         from_pages(shop.events.assign(request_id=None), shop.products, shop.users, length)
-    first = shop.events[(shop.events["kind"] == "impression") & shop.events["user_id"].notna()].iloc[:1]
-    other = shop.products["item_id"][shop.products["item_id"] != first["item_id"].iloc[0]].iloc[0]
-    twice = pd.concat([shop.events, first.assign(item_id=other, event_id="twice")])
-    with pytest.raises(SequenceError, match="shows two items at place"):
-        from_pages(twice, shop.products, shop.users, length)
     with pytest.raises(SequenceError, match="weighs -1.0; a weight is 0 or more"):
         from_pages(shop.events, shop.products, shop.users, length, weigh=lambda clicked: -np.ones(len(clicked)))
+
+
+def test_a_page_keeps_what_stands_twice_at_a_place_and_what_was_clicked_unseen(shop, whole):
+    first = shop.events[(shop.events["kind"] == "impression") & shop.events["user_id"].notna() & (shop.events["position"] == 1)].iloc[:1]
+    on_page = shop.events.loc[(shop.events["request_id"] == first["request_id"].iloc[0]) & shop.events["item_id"].notna(), "item_id"]
+    twice, unseen = shop.products["item_id"][~shop.products["item_id"].isin(on_page)].iloc[:2]
+    more = [first.assign(item_id=twice, event_id="twice"), first.assign(item_id=unseen, event_id="unseen", kind="click", position=None)]
+    holed, plain = (from_pages(log, shop.products, shop.users, length) for log in (pd.concat([shop.events, *more]), shop.events))
+    at = {item: np.flatnonzero(holed.item_ids == item)[0] for item in (twice, unseen)}
+    before, after = (part.page[part.items < 0] for part in (plain, holed))
+    n = before.shape[1]
+    (changed,) = np.flatnonzero((after[:, :n] != before).any(axis=1) | (after[:, n:] >= 0).any(axis=1))
+    page = after[changed][after[changed] >= 0].tolist()
+    assert page.index(at[twice]) in (0, 1) and page[-1] == at[unseen] and sorted(page[:-1]) == sorted([*before[changed][before[changed] >= 0], at[twice]])
+    assert holed.clicks.sum() == plain.clicks.sum() + 1
 
 
 def test_what_is_not_known_is_nought():

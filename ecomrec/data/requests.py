@@ -60,15 +60,15 @@ def from_pages(
             1 each if left out.
         known_before: See `sequences.item_attributes`.
     Raises:
-        SequenceError: If nobody who is known asked for a page, an item is not among the products, a page shows two things at one
-            place, or a weight is negative or no number.
+        SequenceError: If nobody who is known asked for a page, an item is not among the products, or a weight is negative or
+            no number.
     """
     item_ids = np.sort(products["item_id"].to_numpy(object))
     asked = requests_of(events[events["user_id"].notna()]).sort_values("request_id", ignore_index=True)
     if asked.empty:
         raise SequenceError(f"events: none of {len(events):,} has a request_id and a user_id; without pages take sequences.from_events")
     done = events[events["kind"].isin(kinds) & events["user_id"].notna() & events["item_id"].notna()].sort_values("event_id")
-    page, clicks = _pages(examples(events), pd.Index(asked["request_id"]), pd.Index(item_ids), weigh)
+    page, clicks = _pages(_shown(events), pd.Index(asked["request_id"]), pd.Index(item_ids), weigh)
     texts = pd.Index(asked["query"].dropna().unique()).sort_values()
     users = empty("users") if users is None else users
     everybody = pd.concat([users["user_id"], asked["user_id"], done["user_id"]]).drop_duplicates().sort_values()
@@ -101,14 +101,21 @@ def _catalogue_codes(index: pd.Index, items: pd.Series) -> np.ndarray:
     return codes
 
 
+def _shown(events: pd.DataFrame) -> pd.DataFrame:
+    """What stood on each page, and where: what was clicked was shown, also where no impression says so; an item without a place, or whose place is taken, stands at the next free one."""
+    key = ["request_id", "item_id"]
+    clicked = events.loc[(events["kind"] == "click") & events["request_id"].notna(), [*key, "position"]].assign(clicked=1)
+    shown = pd.concat([examples(events), clicked]).drop_duplicates(key)
+    shown = shown[shown["position"].notna() | (shown["clicked"] == 1)].sort_values(["request_id", "position"], kind="stable", ignore_index=True)
+    before = shown.groupby("request_id").cumcount()
+    gaps = (shown["position"].astype(float).fillna(1) - 1 - before).groupby(shown["request_id"]).cummax()
+    return shown.assign(place=(gaps + before).astype("int64"))
+
+
 def _pages(shown: pd.DataFrame, requests: pd.Index, items: pd.Index, weigh: Callable[[pd.DataFrame], np.ndarray] | None) -> tuple[np.ndarray, np.ndarray]:
     """Page of each request as item codes, -1 where nothing is known, and the weights of its clicks, both (requests, places)."""
-    shown = shown[shown["position"].notna() & shown["request_id"].isin(requests)].sort_values(["request_id", "position"])
-    twice = shown.duplicated(["request_id", "position"])
-    if twice.any():
-        bad = shown[twice].iloc[0]
-        raise SequenceError(f"events: request {bad['request_id']!r} shows two items at place {bad['position']}; clean the log first")
-    row, place = requests.get_indexer(shown["request_id"]), shown["position"].to_numpy(np.int64) - 1
+    shown = shown[shown["request_id"].isin(requests)]
+    row, place = requests.get_indexer(shown["request_id"]), shown["place"].to_numpy()
     shape = len(requests), int(place.max(initial=0)) + 1
     page, clicks = np.full(shape, -1, np.int64), np.zeros(shape, np.float32)
     page[row, place] = _catalogue_codes(items, shown["item_id"])

@@ -290,6 +290,7 @@ class Learner:
         self.shop, self.candidates, self.teach, self.name, self.policy, self.warm, self.temperature = shop, candidates, teach, name, policy, warm, temperature
         self.first, self.events, self.ranker, self.whole = first, shop.events, None, None
         self.opening, self.known, self.fresh, self.serves = [], [], [], False
+        self.behind = 0  # pages behind the ranker in service, replayed or not
 
     def look_up(self, requests: pd.DataFrame) -> Pages:
         """Candidates and features of requests, by all that this learner's log knows."""
@@ -321,9 +322,9 @@ class Learner:
         else:
             prior = doubted(self.whole, self.fresh)
             known = self.known if prior is self.whole else []
-            fresh, old = (sum(len(lesson.weights) for lesson in part) for part in (self.fresh, known))
+            fresh, old = _pages_in(self.fresh), _pages_in(known)
             share = min(fresh / old, 0.9) if known else 0.0
-            whole, lessons = fit_ranker([*self.fresh, *_replay(known, share, seed)], prior, trust=1 - share), known + self.fresh
+            whole, lessons = fit_ranker([*self.fresh, *_replay(known, share, seed)], prior, trust=1 - share * old / self.behind), known + self.fresh
         ranker = whole.marginal(lessons[-1].pages.names)
         return Proposal(ranker, self.shop.products["item_id"].to_numpy(), tuple(lessons), whole)
 
@@ -331,7 +332,12 @@ class Learner:
         """Let a ranker serve."""
         self.ranker, self.whole = proposal.ranker, proposal.whole
         if self.fresh:  # what only began counts no longer
-            self.known, self.fresh = list(proposal.lessons), []
+            self.behind, self.known, self.fresh = self.behind + _pages_in(self.fresh), list(proposal.lessons), []
+
+
+def _pages_in(lessons: Sequence[Lesson]) -> int:
+    """Number of pages."""
+    return sum(len(lesson.weights) for lesson in lessons)
 
 
 def _replay(lessons: Sequence[Lesson], share: float, seed: int) -> Iterator[Lesson]:
