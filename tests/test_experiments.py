@@ -91,6 +91,16 @@ def test_a_log_without_a_truth_is_judged_by_its_clicks(tmp_path):
     assert not [key for key in found if key.startswith("skyline")] and 0 < found["shopper/ndcg@10[task=search]"] < 1
 
 
+@pytest.mark.parametrize("name, options", {
+    "closed_loop": {}, "personalised": {"adapt": False, "tuned_epochs": 0, "seeds": [0], "epochs": 1, "dim": 16, "ablate": False},
+}.items())
+def test_the_log_of_a_real_search_goes_through(name, options, tmp_path):
+    if not sources.is_available("ubi"):
+        pytest.skip("the UBI log is not in ECOMREC_DATA")
+    found = metrics(lab.run(name, options | {"source": "ubi"}, root=tmp_path, progress=False))
+    assert "oracle/regret" not in found and (found.get("log/clicks", 0) > 500 or 0 <= found["shopper/ndcg@10[task=search]"] <= 1)
+
+
 def own_files(folder, n_queries: int, grade) -> dict[str, str]:
     """A small shop and judgements of its first queries, as CSV files."""
     things, colours = ["shoe", "hat", "lamp", "chair", "cup", "desk"], ["red", "blue", "green", "white"]
