@@ -29,18 +29,13 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-def repeatable(found):
-    """All but what a clock measured."""
-    return {name: value for name, value in found.items() if not name.endswith("/retrain_seconds")}
-
-
 @pytest.mark.parametrize("name", SMALL)
 def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     file = lab.home() / "nbs" / "experiments" / f"{name}.demo.yaml"
     folder = lab.run(name, SMALL[name], file=file, root=tmp_path, progress=False)
     first = metrics(folder)
     again = lab.run(name, SMALL[name], file=file, root=tmp_path / "again", progress=False)  # far from what the first one cached
-    assert repeatable(metrics(again)) == repeatable(first)
+    assert metrics(again) == first
     unit = "user" if name in ("next_item", "personalised") else "query"
     for kept in ("run.json", "run.ipynb", "report.html", f"per_{unit}.parquet"):
         assert (folder / kept).is_file()
@@ -48,7 +43,7 @@ def test_the_demo_runs_and_repeats_to_the_last_digit(name, tmp_path):
     if name == "closed_loop":
         assert first["random/ndcg@10"] < first["first_round/ndcg@10"] < first["corrected/ndcg@10"] < first["oracle/ndcg@10"] == 1
         assert first["oracle/regret"] == 0 < first["best_candidates/regret"] < first["random/regret"]
-        assert first["gate/broken_promoted"] == 0 and first["gate/broken_tried"] == 20 and first["gate/honest_tried"] == 3
+        assert first["gate/broken_promoted"] == 0 and first["gate/broken_tried"] == 22 and first["gate/honest_tried"] == 3
         assert {"naive/ndcg@10[round=3]", "skyline/regret[round=1]", "corrected/regret[page=served]", "prices/forgotten"} <= set(first)
     elif name == "biased_logs":
         corrected = ("ips", "denoised_shown", "availability")
@@ -202,7 +197,7 @@ def test_search_on_real_products_keeps_its_level(tmp_path):
 def test_ten_rounds_keep_what_they_promise(tmp_path):
     found = metrics(lab.run("closed_loop", {"drifts": [], "learners": []}, root=tmp_path, progress=False))
     gap, spread = found["corrected_minus_naive/ndcg@10"], found["corrected_minus_naive/ndcg@10_sd"]
-    assert gap > 2 * spread and found["corrected/ndcg@10"] < found["best_candidates/ndcg@10"]
+    assert gap >= 0.02 and gap > 2 * spread and found["corrected/ndcg@10"] < found["best_candidates/ndcg@10"]
     assert found["corrected/share_of_skyline"] >= 0.5 and found["gate/broken_promoted"] == 0 < found["gate/broken_tried"]
 
 

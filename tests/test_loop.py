@@ -83,11 +83,18 @@ def test_the_prior_is_doubted_when_and_where_the_world_changes():
 
 
 def test_targets_are_clipped_and_strangers_left_out():
-    events = _events([("r0", "a", "impression", 0.01, 1, None), ("r0", "a", "click", None, 1, None), ("r0", "z", "impression", 0.5, 2, None),
-                      ("r0", "z", "click", None, 2, None), ("r9", "b", "impression", 0.5, 1, None), ("r9", "b", "click", None, 1, None)])
-    lesson = targets(_pages([[2, 0], [0, 1]]), events, PRODUCTS, clip=20)
-    assert lesson.weights.tolist() == [[0, 1], [0, 0]]  # a single click is worth one, whatever its weight
-    assert targets(_pages([[2, 1]]), events, PRODUCTS).weights.tolist() == [[0, 0]]
+    shown = [("r0", "a", "impression", 0.01, 1, None), ("r0", "z", "impression", 0.5, 2, None), ("r1", "b", "impression", 0.5, 1, None), ("r9", "b", "impression", 0.5, 1, None)]
+    events = _events([*shown, *((*row[:2], "click", None, *row[4:]) for row in shown)])
+    told = {clip: targets(_pages([[2, 0], [0, 1]]), events, PRODUCTS, clip=clip).weights for clip in (20, 1000)}
+    assert [np.argwhere(weights > 0).tolist() for weights in told.values()] == [[[0, 1], [1, 1]]] * 2
+    assert np.isclose(told[20][0, 1] / told[20][1, 1], 20 / 2) and np.isclose(told[1000][0, 1] / told[1000][1, 1], 100 / 2)
+    assert targets(_pages([[2, 2]]), events, PRODUCTS).weights.tolist() == [[0, 0]]
+
+
+def test_where_a_click_stood_must_be_known_to_compare_it_on_its_page():
+    shown = [("r0", "a", "impression", 0.5, None, None), ("r0", "b", "impression", 0.5, 2, None), ("r0", "c", "impression", 0.5, 3, None), ("r0", "c", "click", None, 3, None)]
+    lesson = targets(_pages([[0, 1, 2]]), _events([*shown, ("r0", "a", "click", None, None, None)]), PRODUCTS, shown=True)
+    assert lesson.weights.tolist() == [[0, 0, 1]] and lesson.offered.tolist() == [[False, True, True]]
 
 
 def test_a_click_without_propensity_cannot_be_weighted():
@@ -210,10 +217,25 @@ def test_the_gate_lets_itself_pass_and_no_constant_or_reversed_order(at_the_gate
     turn, ranker = at_the_gate, at_the_gate.learner.ranker
     same = replace(turn.proposal, ranker=ranker)
     assert Gate(margin=1e-6)(same, turn.learner, turn.held).promoted
-    for factor, reason in ((0.0, "varied"), (-1.0, "off-policy")):
+    for factor, reasons in ((0.0, ["varied"]), (0.001, ["spread"]), (50.0, ["spread"]), (2.0, [])):
         other = ranker.marginal(ranker.names)
         other.weights = factor * ranker.weights
-        assert reason in Gate()(replace(turn.proposal, ranker=other), turn.learner, turn.held).reasons
+        assert Gate()(replace(turn.proposal, ranker=other), turn.learner, turn.held).reasons == reasons
+    other.weights = -ranker.weights
+    assert "off-policy" in Gate()(replace(turn.proposal, ranker=other), turn.learner, turn.held).reasons
+
+
+def test_the_gate_needs_drawn_pages(world):
+    with pytest.raises(ValueError, match="a thompson policy gives none"):
+        next(rounds_of(_learner(world, policy="thompson"), world[1], [31, 32], 300, 5, Gate()))
+
+
+def test_a_day_without_a_click_teaches_nothing(world):
+    learner = _learner(world, warm=True)
+    *_, turn = rounds_of(learner, world[1], [31, 32], 300, 5)
+    served = turn.learner.ranker.weights.copy()
+    learner.learn(learner.known[-1].pages, until=0)
+    assert not learner.fresh[-1].weights.any() and np.array_equal(learner.propose().ranker.weights, served)
 
 
 def test_what_is_refused_does_not_serve(world):

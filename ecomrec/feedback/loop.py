@@ -174,9 +174,11 @@ def targets(
         weight = weight * np.minimum(1 / told["propensity"].to_numpy(dtype=float, na_value=1.0), clip)
     weights, places = np.zeros(pages.rows.shape), np.zeros(pages.rows.shape, dtype="int16")
     weights[at], places[at] = weight, np.nan_to_num(position)
+    if shown:
+        weights[places == 0] = 0  # where it stood nobody knows
     offered = places > 0 if shown else pages.offered | (weights > 0)
     if shown:
-        weights[(places == 1).sum(axis=1) + (places > 1).sum(axis=1) < 2] = 0  # alone on the page it had nothing to win against
+        weights[(places > 0).sum(axis=1) < 2] = 0  # alone on the page it had nothing to win against
     return Lesson(pages, weights * (weights.sum() / max((weights**2).sum(), 1e-300)), offered, places * shown)
 
 
@@ -317,7 +319,9 @@ class Learner:
     def propose(self, seed: int = 0) -> Proposal:
         """A new ranker from what was learned since the one in service (warm, with replay), or from everything."""
         lessons = self.known + self.fresh or self.opening
-        if not self.warm or not self.known:
+        if self.whole is not None and not any(lesson.weights.any() for lesson in self.fresh):
+            whole = self.whole  # a day without a click teaches nothing
+        elif not self.warm or not self.known:
             whole = fit_ranker(lessons)
         else:
             prior = doubted(self.whole, self.fresh)
@@ -397,15 +401,9 @@ def page_scale(scores: np.ndarray) -> float:
 
 def off_policy(scores: np.ndarray, places: np.ndarray, propensity: np.ndarray, clicks: np.ndarray, temperature: float = 1.0) -> Estimate:
     """Clicks a page that these scores would earn by drawn pages; arguments as for `clicked_gain`."""
-    whole = np.where((places >= 0).all(axis=1))[0]
-    target = np.zeros(places.shape)
-    target[whole] = target_propensities(scores[whole], places[whole], temperature)
-    for row in np.setdiff1d(np.arange(len(places)), whole):  # an item that is no candidate would never be shown
-        there = places[row] >= 0
-        spare = np.setdiff1d(np.flatnonzero(np.isfinite(scores[row])), places[row])[: (~there).sum()]
-        filled = places[row].copy()
-        filled[~there] = spare
-        target[row] = np.where(there, target_propensities(scores[[row]], filled[None], temperature)[0], 0.0)
+    n, k = scores.shape[1], places.shape[1]  # an item that is no candidate would never be shown: it gets a column of its own that is not on sale
+    padded = np.concatenate([scores, np.full((len(scores), k), -np.inf)], axis=1)
+    target = target_propensities(padded, np.where(places >= 0, places, n + np.arange(k)), temperature)
     return item_position(clicks, propensity, np.minimum(target, 1.0))
 
 # %% ../../nbs/feedback/04_loop.ipynb #0000002a
@@ -418,12 +416,14 @@ class Gate:
         clip: Largest weight of a held-back click offline.
         days: How old the newest lesson may be.
         scale: Spreads by which the held-back mean of a feature may lie from that of training.
+        spread: By how many times the scores of a page may spread wider or narrower than those of the ranker in service.
     """
 
     margin: float = 0.1
     clip: float = 50.0
     days: float = 2.0
     scale: float = 3.0
+    spread: float = 4.0
 
     def __call__(self, proposal: Proposal, learner: "Learner", held: Pages) -> Verdict:
         """Try a proposal on held-back requests.
@@ -480,7 +480,11 @@ class Gate:
         serving = learner.ranker
         other = np.random.default_rng(0).random(scores.shape) if serving is None else serving.scores(held.features, held.offered)
         other, out = np.where(held.offered, other, -np.inf), {}
-        ways = {"offline": lambda scores: clicked_gain(scores[row], *logged, clip=self.clip), "off-policy": lambda scores: off_policy(scores[row] * (page_scale(other) / page_scale(scores)), *logged, learner.temperature)}
+        if serving is not None:  # drawn pages are as bold as the scores are wide
+            times = page_scale(scores) / page_scale(other)
+            out["spread"] = (1 / self.spread <= times <= self.spread, f"scores spread {times:.2g} times as wide as those in service")
+            scores = scores / times
+        ways = {"offline": lambda scores: clicked_gain(scores[row], *logged, clip=self.clip), "off-policy": lambda scores: off_policy(scores[row], *logged, learner.temperature)}
         for name, way in ways.items():
             base = way(other)
             change = way(scores) - base
@@ -526,8 +530,10 @@ def rounds_of(
     Yields:
         The round, before its pages are served.
     Raises:
-        ValueError: If the gate refuses the very first ranker.
+        ValueError: If the gate refuses the very first ranker, or is to try one whose pages are not drawn.
     """
+    if gate and learner.policy != "draw":
+        raise ValueError(f"gate: it needs the probability of every page, and a {learner.policy} policy gives none to learn from; draw, or leave the gate out")
     asked = learner.events[(learner.events["kind"] == "search") & learner.events["query"].notna()]
     pages, later = learner.look_up(asked.reset_index(drop=True)), learner.events.head(0)
     for number, day in enumerate(days, start=1):
@@ -535,7 +541,7 @@ def rounds_of(
         late = np.zeros(len(pages.rows), dtype=bool) if cut is None else (pages.requests["ts"] >= cut).to_numpy()
         learner.learn(pages.take(~late), cut)
         began = time.perf_counter()
-        proposal = learner.propose(seed)
+        proposal = learner.propose(1_000 * seed + number)
         seconds, back = time.perf_counter() - began, pages.take(late) if gate else None
         verdict = gate(proposal, learner, back) if gate else None
         if verdict is None or verdict.promoted:
