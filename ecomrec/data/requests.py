@@ -68,7 +68,7 @@ def from_pages(
     if asked.empty:
         raise SequenceError(f"events: none of {len(events):,} has a request_id and a user_id; without pages take sequences.from_events")
     done = events[events["kind"].isin(kinds) & events["user_id"].notna() & events["item_id"].notna()].sort_values("event_id")
-    page, clicks = _pages(_shown(events), pd.Index(asked["request_id"]), pd.Index(item_ids), weigh)
+    page, clicks = _pages(_on_pages(events), pd.Index(asked["request_id"]), pd.Index(item_ids), weigh)
     texts = pd.Index(asked["query"].dropna().unique()).sort_values()
     users = empty("users") if users is None else users
     everybody = pd.concat([users["user_id"], asked["user_id"], done["user_id"]]).drop_duplicates().sort_values()
@@ -101,7 +101,7 @@ def _catalogue_codes(index: pd.Index, items: pd.Series) -> np.ndarray:
     return codes
 
 
-def _shown(events: pd.DataFrame) -> pd.DataFrame:
+def _on_pages(events: pd.DataFrame) -> pd.DataFrame:
     """What stood on each page, and where: what was clicked was shown, also where no impression says so; an item without a place, or whose place is taken, stands at the next free one."""
     key = ["request_id", "item_id"]
     clicked = events.loc[(events["kind"] == "click") & events["request_id"].notna(), [*key, "position"]].assign(clicked=1)
