@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from tqdm import tqdm
 
 from .artefacts import write_json
@@ -318,6 +317,8 @@ def _predicted(rows: pd.DataFrame, column: str, using: Sequence[str]) -> pd.Seri
     known = rows[column].notna().to_numpy()
     if known.all() or not known.any():
         return rows[column]
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor  # heavy, and few plans fill so
+
     text = [name for name in using if not pd.api.types.is_numeric_dtype(rows[name])]
     codes = {name: rows[name].map({value: code for code, value in enumerate(rows[name].value_counts().sort_index().nlargest(250).index)}) for name in text}
     seen = rows[list(using)].assign(**codes).astype("float64")

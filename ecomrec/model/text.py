@@ -12,17 +12,18 @@ import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
-from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
-from transformers import AutoModel
-from transformers.utils import logging as transformers_logging
 
 from ..data.artefacts import sha256, verify
+
+if TYPE_CHECKING:  # what reads no text need not hold these in memory: they are imported where they are used
+    from sentence_transformers import SentenceTransformer
 
 # %% ../../nbs/model/03_text.ipynb #00000008
 def _attribute_words(value: str) -> str:
@@ -80,6 +81,8 @@ class EncoderError(ValueError):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the loader's progress bar and its table of weights off the page; what is wrong in the table becomes an error."""
+    from transformers.utils import logging as transformers_logging
+
     was_on, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -170,7 +173,7 @@ def _weights_flaw(folder: Path, kind: type) -> str:
     return f"{len(missing)} weights are missing in the file, the first is {missing[0]}" if missing else ""
 
 
-def _tokenizer_flaw(encoder: SentenceTransformer) -> str:
+def _tokenizer_flaw(encoder: "SentenceTransformer") -> str:
     """Whether the tokenizer knows padding and words, and only such as have a row in the embedding table; empty if so."""
     if not hasattr(encoder[0], "model") or not hasattr(encoder.tokenizer, "all_special_ids"):
         return ""
@@ -188,7 +191,7 @@ def _tokenizer_flaw(encoder: SentenceTransformer) -> str:
     return ""
 
 # %% ../../nbs/model/03_text.ipynb #0000000f
-def load_encoder(name: str = DEFAULT_ENCODER, device: str | None = None, max_tokens: int = 64) -> SentenceTransformer:
+def load_encoder(name: str = DEFAULT_ENCODER, device: str | None = None, max_tokens: int = 64) -> "SentenceTransformer":
     """Open a text encoder: a local folder, else the installed offline package, else the hub.
 
     Args:
@@ -202,6 +205,9 @@ def load_encoder(name: str = DEFAULT_ENCODER, device: str | None = None, max_tok
             cross-encoder, weights of another shape), or its tokenizer does not fit.
         ArtefactError: If a folder's manifest does not match its files.
     """
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoModel
+
     where = _locate(str(name))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = Path(name) if Path(name).is_dir() else None
@@ -240,7 +246,7 @@ def has_bfloat16(device: str = "cpu") -> bool:
     return str(device) == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _head(encoder: SentenceTransformer, text: str) -> str:
+def _head(encoder: "SentenceTransformer", text: str) -> str:
     """The part of a very long text that fills the encoder's word pieces twice; a text whose start does not stays whole."""
     most = encoder.max_seq_length
     if most is None or len(text) <= 20 * most:
@@ -251,7 +257,7 @@ def _head(encoder: SentenceTransformer, text: str) -> str:
 
 
 def embed(
-    encoder: SentenceTransformer,
+    encoder: "SentenceTransformer",
     texts: Sequence[str],
     batch_size: int = 64,
     precision: str = "auto",
@@ -296,7 +302,7 @@ def embed(
     return vectors[[row_of[text] for text in texts]]
 
 # %% ../../nbs/model/03_text.ipynb #0000001b
-def unknown_share(encoder: SentenceTransformer, texts: Sequence[str]) -> np.ndarray:
+def unknown_share(encoder: "SentenceTransformer", texts: Sequence[str]) -> np.ndarray:
     """Share of a text's word pieces that the encoder's vocabulary lacks.
 
     Args:
