@@ -349,7 +349,13 @@ class Questions:
 
 @dataclass(frozen=True)
 class Split:
-    """What may be learned from, and what is asked."""
+    """What may be learned from, and what is asked.
+
+    Args:
+        train: Histories.
+        valid: Questions that choose settings and epochs.
+        test: Questions that nothing is chosen by.
+    """
 
     train: Sequences
     valid: Questions

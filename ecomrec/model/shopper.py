@@ -92,7 +92,11 @@ class ShopperConfig:
 
 
 def catalogue_of(item_ids: np.ndarray) -> str:
-    """A fingerprint of the ids of a catalogue's items, in the order of their codes."""
+    """A fingerprint of the ids of a catalogue's items.
+
+    Args:
+        item_ids: In the order of their codes, (items,).
+    """
     return hashlib.sha256("\n".join(map(str, item_ids)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/model/09_shopper.ipynb #00000007
@@ -127,7 +131,12 @@ class ItemVectors(nn.Module):
         return ~self.seen if self.attribute is None else ~self.seen & (self.attribute_starts.diff() == 0)
 
     def described(self, attributes: csr_array | None = None, text: Tensor | None = None) -> Tensor:
-        """Vectors of items that are new to the catalogue, from what is known of them, (items, dim)."""
+        """Vectors of items that are new to the catalogue, from what is known of them, (items, dim).
+
+        Args:
+            attributes: Items by the catalogue's attributes, (items, attributes).
+            text: Their text vectors, (items, text).
+        """
         n = attributes.shape[0] if attributes is not None else len(text)
         vectors = self.identity.new_zeros(n, self.identity.shape[1])
         if attributes is not None:
@@ -235,6 +244,9 @@ def pieces_of(stream: pd.DataFrame, length: int, to_last: bool) -> pd.DataFrame:
 def pack(pieces: pd.DataFrame, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Place pieces into rows, in their order; one that does not fit begins a new row.
 
+    Args:
+        pieces: `start` (its first token) and `size` (in tokens, at most the length), a row a piece.
+        length: Tokens of a row.
     Returns:
         Token, slot (row x length + place), number of the piece and place counted from its end, one each for every token placed.
     """
@@ -738,7 +750,9 @@ def trained_weights(
 ) -> dict[str, np.ndarray | pd.DataFrame]:
     """`train_shopper` for another process: the weights as arrays by name, and the epochs as `log`; see `Shopper.of_weights`.
 
-    A training that was killed goes on from its checkpoint among `checkpoints`, where each training has a folder.
+    Args:
+        split, config, schedule, masked, text, teacher: As for `train_shopper`.
+        checkpoints: Folder in which each training has one of its own, from which it goes on after it was killed.
     """
     name = content_hash(split.train, split.valid, config, masked, text, schedule, teacher)[:16]
     model, log = train_shopper(split, config, schedule, masked, text, None if checkpoints is None else Path(checkpoints, name), progress=False, teacher=teacher)
