@@ -460,7 +460,7 @@ def _located(name: str, value: object, default: object) -> object:
     """A path made absolute from the caller's folder; a known name, or anything else, as it is."""
     from ecomrec.data.sources import SOURCES  # who only records needs no readers
 
-    if not value or name not in PATHS + NAMES_OR_PATHS or (name == "source" and value in (*SOURCES, "files")):
+    if not value or name not in PATHS + NAMES_OR_PATHS or (name == "source" and value in (*SOURCES, "files", "simulated")):
         return value
     path = Path(str(value)).expanduser()
     must_exist = name in PATHS or path.is_absolute() or str(value)[0] in ".~" or (name == "source" and value != default)
