@@ -12,21 +12,18 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from .features import examples, requests_of
+from .features import DAY, examples, requests_of
 from .sequences import Questions, SequenceError, Sequences, _attribute_table, item_attributes
 from .tables import KINDS, SURFACES, empty
 
 # %% ../../nbs/data/14_requests.ipynb #00000006
-_DAY = 86_400_000  # milliseconds
-
-
 def request_context(requests: pd.DataFrame) -> np.ndarray:
     """Features of the moment of each request: the three surfaces, sine and cosine of the hour, phone; float32 (requests, 6).
 
     Args:
         requests: Columns ts (milliseconds since the epoch), surface and device.
     """
-    hour = 2 * np.pi * (requests["ts"].to_numpy(np.int64) % _DAY) / _DAY
+    hour = 2 * np.pi * (requests["ts"].to_numpy(np.int64) % DAY) / DAY
     columns = [(requests["surface"] == surface).to_numpy(bool, na_value=False) for surface in SURFACES]
     return np.stack([*columns, np.sin(hour), np.cos(hour), (requests["device"] == "phone").to_numpy(bool, na_value=False)], axis=1).astype(np.float32)
 
@@ -121,9 +118,10 @@ def _pages(shown: pd.DataFrame, requests: pd.Index, items: pd.Index, weigh: Call
     page[row, place] = _catalogue_codes(items, shown["item_id"])
     clicked = shown["clicked"].to_numpy(bool)
     weight = np.ones(clicked.sum()) if weigh is None else np.asarray(weigh(shown[clicked]), float)
-    if not (np.isfinite(weight) & (weight >= 0)).all():
-        bad = shown[clicked].iloc[int((~(np.isfinite(weight) & (weight >= 0))).argmax())]
-        raise SequenceError(f"weigh: the click on {bad['item_id']!r} of request {bad['request_id']!r} weighs {weight[~(np.isfinite(weight) & (weight >= 0))][0]}; a weight is 0 or more")
+    wrong = ~(np.isfinite(weight) & (weight >= 0))
+    if wrong.any():
+        bad = shown[clicked].iloc[int(wrong.argmax())]
+        raise SequenceError(f"weigh: the click on {bad['item_id']!r} of request {bad['request_id']!r} weighs {weight[wrong][0]}; a weight is 0 or more")
     clicks[row[clicked], place[clicked]] = weight
     return page, clicks
 

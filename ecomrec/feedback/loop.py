@@ -174,11 +174,9 @@ def targets(
         weight = weight * np.minimum(1 / told["propensity"].to_numpy(dtype=float, na_value=1.0), clip)
     weights, places = np.zeros(pages.rows.shape), np.zeros(pages.rows.shape, dtype="int16")
     weights[at], places[at] = weight, np.nan_to_num(position)
-    if shown:
-        weights[places == 0] = 0  # where it stood nobody knows
     offered = places > 0 if shown else pages.offered | (weights > 0)
-    if shown:
-        weights[(places > 0).sum(axis=1) < 2] = 0  # alone on the page it had nothing to win against
+    if shown:  # what stood nobody knows where says nothing, nor what had nothing on its page to win against
+        weights[~offered | (offered.sum(axis=1, keepdims=True) < 2)] = 0
     return Lesson(pages, weights * (weights.sum() / max((weights**2).sum(), 1e-300)), offered, places * shown)
 
 
