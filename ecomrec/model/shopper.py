@@ -57,6 +57,8 @@ class ShopperConfig:
         habit: Add to the score of each item of the history a number of its own.
         trend: Periods of the table of what is popular when, from `trend_of`; 0 leaves it out.
         match: Add to the score of each item how well its text vector meets the query's, which must come of the same encoder.
+        unmatched: Weight of the same choices once more without that match: what the words say already, the items' vectors need not
+            learn, and where nothing is asked they would lack it.
         exposure: How much likelier each place of a page is looked at than an item that was not shown, (places,), for learning from
             pages; empty believes that everything was looked at.
         catalogue: Fingerprint of the items' ids, from `catalogue_of`; another catalogue is refused. Any is taken if empty.
@@ -81,13 +83,14 @@ class ShopperConfig:
     habit: bool = False
     trend: int = 0
     match: bool = False
+    unmatched: float = 0.0
     exposure: tuple[float, ...] = ()
     catalogue: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "exposure", tuple(self.exposure))  # JSON knows lists only
         ranges = {"n_items": self.n_items >= 1, "layers": self.layers >= 1, "length": self.length >= 2, "filter_share": 0 <= self.filter_share <= 1, "dropout": 0 <= self.dropout < 1,
-                  "trend": self.trend == 0 or self.times, "match": not self.match or 0 < self.text == self.query, "exposure": all(value > 0 for value in self.exposure)}
+                  "trend": self.trend == 0 or self.times, "match": not self.match or 0 < self.text == self.query, "unmatched": self.unmatched >= 0, "exposure": all(value > 0 for value in self.exposure)}
         check_ranges(self, ranges)
 
 
@@ -472,7 +475,10 @@ class Shopper(nn.Module):
         return z, None if self.habits is None else self.habits(batch, x, vectors, where)
 
     def loss(self, batch: dict[str, Tensor], precision: str = "auto") -> tuple[Tensor, float]:
-        """Mean loss in nats of the targets of packed rows, over all items that were offered in training, and their number or weight."""
+        """Mean loss in nats of the targets of packed rows, over all items that were offered in training, and their number or weight.
+
+        With `unmatched` the loss without the match is added, as often as it weighs.
+        """
         vectors, asked = self.items(), batch["target"] >= 0
         if not bool(asked.any()):
             return vectors.sum() * 0, 0
@@ -486,7 +492,12 @@ class Shopper(nn.Module):
         if not bool(seen.all()):
             code = (seen.cumsum(0) - 1).clamp(min=0)
             vectors, chosen, extra = vectors[seen], code[chosen], None if extra is None else (extra[0], code[extra[1]])
-        return catalogue_loss(z, vectors.float(), chosen, weight, precision=precision, extra=extra), len(chosen) if weight is None else float(weight.sum())
+        vectors, loss_of = vectors.float(), partial(catalogue_loss, chosen=chosen, weight=weight, precision=precision, extra=extra)
+        loss = loss_of(z, vectors)
+        if self.gain is not None and self.config.unmatched:
+            others = z.shape[1] - len(self.gain)  # the match comes last
+            loss = loss + self.config.unmatched * loss_of(z[:, :others], vectors[:, :others])
+        return loss, len(chosen) if weight is None else float(weight.sum())
 
     @torch.inference_mode()
     def vectors(self, asked: Questions, items: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:

@@ -89,6 +89,10 @@ def catalogue_loss(
     if not (total > 0 and math.isfinite(total) and bool((weight >= 0).all())):
         raise ValueError("weight: every weight must be finite and not negative, and their sum positive")
     half = precision == "bfloat16" or (precision == "auto" and shoppers.dtype == torch.float32 and has_bfloat16(shoppers.device.type))
+    short = -len(chosen) % 64 if half else 0
+    if short:  # a processor's library keeps a compiled product for each shape that it meets, gigabytes in the end
+        shoppers, chosen, weight = F.pad(shoppers, (0, 0, 0, short)), F.pad(chosen, (0, short)), F.pad(weight, (0, short))
+        added, at = (None, None) if added is None else (F.pad(added, (0, 0, 0, short)), F.pad(at, (0, 0, 0, short)))
     chunk = chunk or max(16, (2**27 if shoppers.is_cuda else 3 * 2**20) // len(items))
     return _CatalogueLoss.apply(shoppers, items, chosen, weight / total, added, at, torch.bfloat16 if half else shoppers.dtype, chunk)
 
