@@ -60,6 +60,20 @@ def test_half_the_bits_stay_within_the_stated_bounds(positions, items, seed):
     assert all((a - b).norm() <= 0.02 * b.norm() + 1e-6 for a, b in zip(found, expected))
 
 
+def test_half_the_bits_weigh_and_add_as_all_of_them_do():
+    """Seven positions, which are filled up to a round number inside."""
+    torch.manual_seed(0)
+    tables = [torch.randn(7, 8), torch.randn(20, 8) * 0.4, torch.randn(7, 2)]
+    chosen, weight, at = torch.arange(7), torch.rand(7) + 0.5, torch.randint(20, (7, 2))
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        shoppers, vectors, added = (table.clone().requires_grad_() for table in tables)
+        loss = catalogue_loss(shoppers, vectors, chosen, weight, precision, extra=(added, at))
+        found[precision] = [loss.detach(), *torch.autograd.grad(loss, [shoppers, vectors, added])]
+    for half, exact in zip(found["bfloat16"], found["float32"]):
+        assert half.shape == exact.shape and (half - exact).norm() <= 0.02 * exact.norm()
+
+
 def test_an_item_that_cannot_be_reached_gives_a_finite_loss():
     loss = catalogue_loss(torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([1]), precision="bfloat16")
     assert math.isfinite(float(loss)) and float(loss) > 50

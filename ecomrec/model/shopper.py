@@ -58,7 +58,7 @@ class ShopperConfig:
         trend: Periods of the table of what is popular when, from `trend_of`; 0 leaves it out.
         match: Add to the score of each item how well its text vector meets the query's, which must come of the same encoder.
         unmatched: Weight of the same choices once more without that match: what the words say already, the items' vectors need not
-            learn, and where nothing is asked they would lack it.
+            learn, and where nothing is asked they would lack it. Nothing happens without `match`, or with a teacher.
         exposure: How much likelier each place of a page is looked at than an item that was not shown, (places,), for learning from
             pages; empty believes that everything was looked at.
         catalogue: Fingerprint of the items' ids, from `catalogue_of`; another catalogue is refused. Any is taken if empty.
@@ -477,7 +477,7 @@ class Shopper(nn.Module):
     def loss(self, batch: dict[str, Tensor], precision: str = "auto") -> tuple[Tensor, float]:
         """Mean loss in nats of the targets of packed rows, over all items that were offered in training, and their number or weight.
 
-        With `unmatched` the loss without the match is added, as often as it weighs.
+        With `unmatched`, plus that many times the loss without the match.
         """
         vectors, asked = self.items(), batch["target"] >= 0
         if not bool(asked.any()):

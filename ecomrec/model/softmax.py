@@ -90,7 +90,7 @@ def catalogue_loss(
         raise ValueError("weight: every weight must be finite and not negative, and their sum positive")
     half = precision == "bfloat16" or (precision == "auto" and shoppers.dtype == torch.float32 and has_bfloat16(shoppers.device.type))
     short = -len(chosen) % 64 if half else 0
-    if short:  # a processor's library keeps a compiled product for each shape that it meets, gigabytes in the end
+    if short:  # oneDNN keeps a compiled product for each shape that it meets: two gigabytes after two epochs on Online Retail
         shoppers, chosen, weight = F.pad(shoppers, (0, 0, 0, short)), F.pad(chosen, (0, short)), F.pad(weight, (0, short))
         added, at = (None, None) if added is None else (F.pad(added, (0, 0, 0, short)), F.pad(at, (0, 0, 0, short)))
     chunk = chunk or max(16, (2**27 if shoppers.is_cuda else 3 * 2**20) // len(items))
