@@ -9,6 +9,7 @@ __all__ = ['WORD', 'tokenise', 'top_k', 'LexicalIndex', 'LexicalSettings', 'lexi
 # %% ../../nbs/search/01_index.ipynb #00000003
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -119,8 +120,8 @@ class LexicalIndex:
     `k1` is how slowly a repeated term saturates, `b` how much long texts are held back (0 not at all, 1 fully).
     """
 
-    def __init__(self, item_ids: list[str], bm25: bm25s.BM25):
-        self.item_ids, self.bm25 = item_ids, bm25
+    def __init__(self, item_ids: list[str], bm25: bm25s.BM25, length: float):
+        self.item_ids, self.bm25, self.length, self.changed = item_ids, bm25, length, {}  # length: mean number of terms
 
     @classmethod
     def build(cls, item_ids: Iterable[str], texts: Iterable[str | list[str]], k1: float = 1.2, b: float = 0.75) -> Self:
@@ -140,14 +141,36 @@ class LexicalIndex:
         bm25 = bm25s.BM25(k1=k1, b=b)
         with np.errstate(invalid="ignore", divide="ignore"):  # a catalogue without a single term has length 0
             bm25.index(([[vocabulary[term] for term in row] for row in terms], vocabulary), show_progress=False)
-        return cls(ids, bm25)
+        return cls(ids, bm25, sum(map(len, terms)) / len(terms))
 
     def scores(self, queries: Iterable[str]) -> np.ndarray:
         """Score of every item for each query, float32 (queries, items); 0 where they share no term."""
-        rows = [self.bm25.get_tokens_ids(terms) for terms in tokenise(queries)]
-        nothing = np.zeros(len(self.item_ids), dtype=np.float32)
-        scores = [self.bm25.get_scores_from_ids(row) if row else nothing for row in rows]
-        return np.stack(scores) if rows else nothing[None][:0]
+        asked, n = tokenise(queries), self.bm25.scores["num_docs"]
+        rows = [self.bm25.get_tokens_ids(terms) for terms in asked]
+        scores = np.zeros((len(rows), len(self.item_ids)), dtype=np.float32)
+        for number, row in enumerate(rows):
+            if row:
+                scores[number, :n] = self.bm25.get_scores_from_ids(row)
+        for item, weights in self.changed.items():
+            scores[:, item] = [sum(weights.get(term, 0.0) for term in terms) for terms in asked]
+        return scores
+
+    def put(self, item_ids: Sequence[str], texts: Iterable[str]) -> None:
+        """Change the texts of items, or add items, without reading the others again.
+
+        How rare a term is and how long an ordinary text is stays as it was when the index was built; a term that no item had
+        counts as if one had it.
+        """
+        ids, held = _as_ids(item_ids), self.bm25.scores
+        rows = pd.Index(self.item_ids).get_indexer(ids)
+        self.item_ids = self.item_ids + [item for item, row in zip(ids, rows) if row < 0]
+        rows[rows < 0] = len(self.item_ids) - (rows < 0).sum() + np.arange((rows < 0).sum())
+        for row, terms in zip(rows.tolist(), tokenise(texts)):
+            codes = {term: self.bm25.vocab_dict.get(term) for term in terms}
+            n_with = {term: 1 if code is None else int(np.diff(held["indptr"][code : code + 2])[0]) for term, code in codes.items()}
+            slow = self.bm25.k1 * (1 - self.bm25.b + self.bm25.b * len(terms) / max(self.length, 1e-9))
+            rare = {term: math.log(1 + (held["num_docs"] - n + 0.5) / (n + 0.5)) for term, n in n_with.items()}
+            self.changed[row] = {term: rare[term] * tf / (tf + slow) for term, tf in Counter(terms).items()}
 
     def search(
         self, queries: pd.Series | Sequence[str], k: int = 10, allowed: Collection[str] | None = None,
@@ -157,10 +180,12 @@ class LexicalIndex:
         return top_k(np.where(scores > 0, scores, -np.inf), self.item_ids, k, _query_ids(queries), allowed)
 
     def save(self, folder: Path | str) -> None:
-        """Write the index to a folder with checksums, all or nothing; no pickle."""
+        """Write the index to a folder with checksums, all or nothing; no pickle. One that was changed is built anew before."""
+        if self.changed:
+            raise ValueError(f"{len(self.changed)} items of this index were changed by put; build it anew from all texts, then save it")
         with writing(Path(folder)) as half:
             self.bm25.save(half, allow_pickle=False, show_progress=False)
-            write_json(half / "items.json", self.item_ids)
+            write_json(half / "items.json", {"item_ids": self.item_ids, "length": self.length})
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
@@ -170,8 +195,8 @@ class LexicalIndex:
             ArtefactError: If a file is missing or its checksum differs.
         """
         verify(Path(folder))
-        ids = json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
-        return cls(ids, bm25s.BM25.load(folder, allow_pickle=False))
+        about = json.loads((Path(folder) / "items.json").read_text(encoding="utf-8"))
+        return cls(about["item_ids"], bm25s.BM25.load(folder, allow_pickle=False), about["length"])
 
 
 def _query_ids(queries: pd.Series | Sequence) -> list[str]:
@@ -258,6 +283,15 @@ class DenseIndex:
         """Cosine of every item with each query vector, float32 (queries, items)."""
         product = torch.from_numpy(np.asarray(queries, dtype=np.float32)) @ torch.from_numpy(self.vectors).T
         return product.numpy().round(6)  # a row's last bit depends on its place in the matrix; equal vectors must tie
+
+    def put(self, item_ids: Sequence[str], vectors: np.ndarray) -> None:
+        """Change the vectors of items, or add items; shapes and errors as for `build`."""
+        fresh = DenseIndex.build(item_ids, vectors)
+        rows = pd.Index(self.item_ids).get_indexer(fresh.item_ids)
+        new = rows < 0
+        self.vectors = np.concatenate([self.vectors, fresh.vectors[new]])
+        self.vectors[rows[~new]] = fresh.vectors[~new]
+        self.item_ids = self.item_ids + [item for item, is_new in zip(fresh.item_ids, new) if is_new]
 
     def search(self, queries: np.ndarray, k: int = 10, allowed: Collection[str] | None = None) -> pd.DataFrame:
         """Best k items of each query vector, as a run; see `top_k`."""
