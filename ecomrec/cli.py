@@ -226,7 +226,7 @@ def search_run(
 
     page = Engine.load(folder / "engine").search(query, k=k)
     title = f"{len(page)} result{'' if len(page) == 1 else 's'} for “{query}”"
-    print("\n".join(part for part in (title, page.note, _as_text(page.items) if len(page) else "") if part))
+    print("\n".join(part for part in (title, page.note, _as_text(page.table) if len(page) else "") if part))
 
 # %% ../nbs/02_cli.ipynb #0000002e
 @data_app.command("list")

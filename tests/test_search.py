@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ecomrec.data.artefacts import ArtefactError
 from ecomrec.data.tables import TableError
 from ecomrec.model.text import embed, load_encoder, product_text
-from ecomrec.search.engine import Engine, FilterError, Page, Recipe, allowed_rows
+from ecomrec.search.catalogue import Catalogue
+from ecomrec.search.engine import Engine, FilterError, Page, Recipe
 from ecomrec.search.index import DenseIndex, LexicalIndex, LexicalSettings, tokenise, top_k
 from ecomrec.search.ranking import (
     ChoiceRanker, candidates, fit_weights, mixture, reciprocal_rank_fusion, scaled, staged, weight_grid,
@@ -248,7 +249,7 @@ def test_choice_ranker_refuses_a_click_on_what_was_not_offered():
 
 def test_a_page_for_english_and_chinese(engine):
     page = engine.search("running shoes", k=5)
-    assert list(page.items.columns) == ["rank", "item_id", "title", "brand", "price", "rating", "score"]
+    assert list(page.table.columns) == ["rank", "item_id", "title", "brand", "price", "rating", "score"]
     assert page.items["rank"].tolist() == [1, 2, 3, 4, 5] and page.items["title"].str.contains("running shoes").all()
     assert engine.search("跑步鞋", k=3).items["title"].str.contains("跑步鞋").all()
     assert engine.search("ＲＵＮＮＩＮＧ shoes", k=5).items["item_id"].tolist() == page.items["item_id"].tolist()
@@ -271,7 +272,7 @@ def test_a_filter_never_leaks(engine, products, data):
     if data.draw(st.booleans()):
         filters["in_stock"] = data.draw(st.booleans())
     page = engine.search(data.draw(st.sampled_from(["red shoes", "水壶", "", "laptop"])), k=50, filters=filters)
-    passed = set(products["item_id"][allowed_rows(engine.products, filters)])
+    passed = set(products["item_id"][engine.catalogue.allowed(filters)])
     assert set(page.items["item_id"]) <= passed
     assert page.items["price"].between(low, high).all()
     assert passed or len(page) == 0
@@ -293,10 +294,11 @@ def test_missing_values_pass_no_filter():
             "in_stock": pd.array([True, None], dtype="boolean"),
         }
     )
-    assert allowed_rows(frame, {"price": (None, None)}).tolist() == [True, False]
-    assert allowed_rows(frame, {"brand": ["x", ""]}).tolist() == [False, True]
-    assert allowed_rows(frame, {"in_stock": True}).tolist() == [True, False]
-    assert allowed_rows(frame, {"in_stock": False}).tolist() == [False, False]
+    catalogue = Catalogue(frame.assign(title="t"))
+    assert catalogue.allowed({"price": (None, None)}).tolist() == [True, False]
+    assert catalogue.allowed({"brand": ["x", ""]}).tolist() == [False, True]
+    assert catalogue.allowed({"in_stock": True}).tolist() == [True, False]
+    assert catalogue.allowed({"in_stock": False}).tolist() == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,7 @@ def test_shuffled_products_give_the_same_pages(products, engine):
 
 
 def test_engine_without_an_encoder_needs_none(products, monkeypatch):
-    monkeypatch.setattr("ecomrec.search.engine.load_encoder", lambda *_: pytest.fail("no encoder is needed"))
+    monkeypatch.setattr("ecomrec.search.recipe.load_encoder", lambda *_: pytest.fail("no encoder is needed"))
     lexical = Engine.from_products(products, recipe=LEXICAL)
     assert lexical.search("running shoes", k=3).items["title"].str.contains("running").all()
     assert len(lexical.search("zebra")) == 0

@@ -142,7 +142,7 @@ class Memory:
         self.refresh(self.until + DAY)
 
     def catalogue(self, products: pd.DataFrame) -> None:
-        """Take a products table whose first rows are the ones known so far, in their order. Counters of what is new come with the next `refresh`."""
+        """Take a products table whose first rows are the ones known so far, in their order. Until the next `refresh` what is new counts as ordinary."""
         self.products = products.reset_index(drop=True)
         self.codes, self.ordinary = pd.Index(self.products["item_id"]), OrdinaryPrices(self.products)
         self.kinds = self.products["category"].fillna("").to_numpy(object)
@@ -158,6 +158,18 @@ class Memory:
         log = log.assign(user_id=log["user_id"].map(self.called, na_action="ignore").astype("str"))
         log = pd.concat([log, *self.later], ignore_index=True) if self.later else log
         return log[~log["user_id"].isin(self.gone)] if self.gone else log
+
+        if len(self.products) > len(getattr(self, "counters", {}).get("rating", self.products)):
+            self.counters = {name: np.append(of, np.full(len(self.products) - len(of), 0 if name == "popularity" else of.mean(), np.float32)) for name, of in self.counters.items()}
+
+    def queries_of_several(self, least: int = 3) -> list[str]:
+        """Queries that at least so many shoppers asked, most first: none of them tells of one person alone."""
+        spans = np.array(list(self.histories.part.values()), int).reshape(-1, 2)
+        owner = np.repeat(np.arange(len(spans)), spans[:, 1] - spans[:, 0])
+        code = np.concatenate([self.histories.past["query"][start:stop] for start, stop in spans] or [np.zeros(0, int)])
+        pairs = np.unique(np.stack([owner, code], axis=1)[code >= 0], axis=0)
+        n, texts = np.bincount(pairs[:, 1], minlength=len(self.queries)), list(self.queries)
+        return [texts[place] for place in np.argsort(-n, kind="stable") if n[place] >= least]
 
     def refresh(self, ts: int) -> None:
         """Compute the counters of items and queries anew, as of the last midnight before a moment; takes as long as reading the log."""
