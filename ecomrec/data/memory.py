@@ -134,7 +134,7 @@ class Memory:
     def __init__(self, products: pd.DataFrame, users: pd.DataFrame | None = None, events: pd.DataFrame | None = None):
         self.log = empty("events") if events is None else events
         self.users = (empty("users") if users is None else users).drop_duplicates("user_id").set_index("user_id")
-        self.queries, self.seen, self.later, self.gone, self.called = {}, set(), [], set(), str
+        self.queries, self.texts, self.seen, self.later, self.gone, self.called = {}, [], set(), [], set(), str
         self.catalogue(products)
         names, rows = self._coded(self.log)
         self.histories = Histories(names, rows)
@@ -168,8 +168,8 @@ class Memory:
         owner = np.repeat(np.arange(len(spans)), spans[:, 1] - spans[:, 0])
         code = np.concatenate([self.histories.past["query"][start:stop] for start, stop in spans] or [np.zeros(0, int)])
         pairs = np.unique(np.stack([owner, code], axis=1)[code >= 0], axis=0)
-        n, texts = np.bincount(pairs[:, 1], minlength=len(self.queries)), list(self.queries)
-        return [texts[place] for place in np.argsort(-n, kind="stable") if n[place] >= least]
+        n = np.bincount(pairs[:, 1], minlength=len(self.texts))
+        return [self.texts[place] for place in np.argsort(-n, kind="stable") if n[place] >= least]
 
     def refresh(self, ts: int) -> None:
         """Compute the counters of items and queries anew, as of the last midnight before a moment; takes as long as reading the log."""
@@ -186,8 +186,9 @@ class Memory:
         acts = acts.assign(item=code, kind=acts["kind"].map(KINDS.index), level=level, query=None)
         rows = pd.concat([requests_of(named).assign(item=-1, kind=-1, level=0, event_id=""), acts])
         rows = rows.sort_values(["user_id", "ts", "event_id"], kind="stable")
-        for text in rows["query"].dropna().unique():
-            self.queries.setdefault(text, len(self.queries))
+        fresh = [text for text in rows["query"].dropna().unique() if text not in self.queries]
+        self.queries.update(zip(fresh, range(len(self.queries), len(self.queries) + len(fresh))))
+        self.texts.extend(fresh)
         rows = rows.assign(query=rows["query"].map(self.queries).fillna(-1), surface=rows["surface"].map(list(SURFACES).index, na_action="ignore").fillna(-1), phone=rows["device"].eq("phone").fillna(False))
         coded = np.empty(len(rows), EVENT)
         for name in EVENT.names:
@@ -278,14 +279,14 @@ def save_memory(memory: Memory, folder: Path) -> None:
     pd.DataFrame(memory.counters).to_parquet(folder / "counters.parquet", index=False)
     clicks = [pd.DataFrame({"query": query, "item": items, "clicks": counts}) for query, (items, counts) in memory.clicks.items()]
     pd.concat([pd.DataFrame({"query": pd.Series(dtype="str"), "item": pd.Series(dtype="int64"), "clicks": pd.Series(dtype="int64")}), *clicks]).to_parquet(folder / "clicks.parquet", index=False)
-    write_json(folder / "memory.json", {"queries": list(memory.queries), "until": max([memory.until, *log["ts"].tail(1)])})
+    write_json(folder / "memory.json", {"queries": memory.texts, "until": max([memory.until, *log["ts"].tail(1)])})
 
 
 def load_memory(folder: Path, products: pd.DataFrame) -> Memory:
     """Open what `save_memory` has written, for the same products; the log is read when it is needed."""
     memory, about = Memory.__new__(Memory), json.loads((folder / "memory.json").read_text(encoding="utf-8"))
     memory.log, memory.users = folder / "log.parquet", pd.read_parquet(folder / "users.parquet").set_index("user_id")
-    memory.queries, memory.until = {text: code for code, text in enumerate(about["queries"])}, about["until"]
+    memory.queries, memory.texts, memory.until = {text: code for code, text in enumerate(about["queries"])}, about["queries"], about["until"]
     memory.seen, memory.later, memory.gone, memory.called = set(), [], set(), str
     memory.catalogue(products)
     told = pd.read_parquet(folder / "histories.parquet")
