@@ -143,14 +143,15 @@ class Memory:
 
     def catalogue(self, products: pd.DataFrame) -> None:
         """Take a products table whose first rows are the ones known so far, in their order. Until the next `refresh` what is new counts as ordinary."""
-        self.products = products.reset_index(drop=True)
-        self.codes, self.ordinary = pd.Index(self.products["item_id"]), OrdinaryPrices(self.products)
-        self.kinds = self.products["category"].fillna("").to_numpy(object)
-        self.category, self.brand = pd.factorize(self.kinds)[0], pd.factorize(self.products["brand"].fillna(""))[0]
-        told = self.products["attributes"].fillna("")
+        products = products.reset_index(drop=True)
+        kinds, told = products["category"].fillna("").to_numpy(object), products["attributes"].fillna("")
         women, men = (told.str.contains(f'"gender": ?"{who}"').to_numpy(bool) for who in ("women", "men"))
-        self.made_for = np.select([women, men], ["female", "male"], "")
-        self.listed = self.products["listed_ts"].astype("Float64").fillna(np.inf).to_numpy(float)
+        self.ordinary, self.kinds, self.made_for = OrdinaryPrices(products), kinds, np.select([women, men], ["female", "male"], "")
+        self.category, self.brand = pd.factorize(kinds)[0], pd.factorize(products["brand"].fillna(""))[0]
+        self.listed = products["listed_ts"].astype("Float64").fillna(np.inf).to_numpy(float)
+        if len(products) > len(getattr(self, "counters", {}).get("rating", products)):
+            self.counters = {name: np.append(of, np.full(len(products) - len(of), 0 if name == "popularity" else of.mean(), np.float32)) for name, of in self.counters.items()}
+        self.products, self.codes = products, pd.Index(products["item_id"])  # last: whoever reads meanwhile asks for no row that is not there yet
 
     def whole_log(self) -> pd.DataFrame:
         """All events that are remembered, under the names that shoppers have now."""
@@ -158,9 +159,6 @@ class Memory:
         log = log.assign(user_id=log["user_id"].map(self.called, na_action="ignore").astype("str"))
         log = pd.concat([log, *self.later], ignore_index=True) if self.later else log
         return log[~log["user_id"].isin(self.gone)] if self.gone else log
-
-        if len(self.products) > len(getattr(self, "counters", {}).get("rating", self.products)):
-            self.counters = {name: np.append(of, np.full(len(self.products) - len(of), 0 if name == "popularity" else of.mean(), np.float32)) for name, of in self.counters.items()}
 
     def queries_of_several(self, least: int = 3) -> list[str]:
         """Queries that at least so many shoppers asked, most first: none of them tells of one person alone."""
@@ -245,14 +243,14 @@ class Memory:
         of = {name: counter[items] for name, counter in self.counters.items()}
         gap = of["price_level"].astype(float) - usual
         category, brand = self.category[items], self.brand[items]
-        per_item = lambda codes: np.bincount(codes, minlength=len(self.products))[items]
-        share = lambda code, mine: _rounded(np.bincount(mine, minlength=len(self.products))[code] / (n + PRIOR))
-        last = np.zeros(len(self.products))
+        per_item = lambda codes: np.bincount(codes, minlength=len(self.kinds))[items]
+        share = lambda code, mine: _rounded(np.bincount(mine, minlength=len(self.kinds))[code] / (n + PRIOR))
+        last = np.zeros(len(self.kinds))
         np.maximum.at(last, self.category[acts["item"][bought]], acts["ts"][bought])
         days = _rounded((ts - last[category]) / DAY)
         gender = person["gender"] if person is not None and (pd.isna(person["joined_ts"]) or person["joined_ts"] <= ts) else None
         rows, counts = self.clicks.get(query, (np.zeros(0, int), np.zeros(0)))
-        found = np.zeros(len(self.products))
+        found = np.zeros(len(self.kinds))
         found[rows] = counts
         columns = of | {
             "new": (ts - self.listed[items] >= 0) & (_rounded((ts - self.listed[items]) / DAY) <= 30), "dearer": _rounded(np.maximum(gap, 0)), "cheaper": _rounded(np.maximum(-gap, 0)),

@@ -172,6 +172,7 @@ class _Asked:
 
     surface: str
     ts: int
+    catalogue: Catalogue  # as it was when the request came
     query: str = ""
     user: str | None = None
     device: str | None = None
@@ -222,23 +223,23 @@ def _padded(values: np.ndarray, n: int) -> np.ndarray:
     return np.pad(values, (0, max(0, n - len(values))))[:n]
 
 
-def _arranged(engine: "Engine", rows: np.ndarray, scores: np.ndarray, wanted: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+def _arranged(catalogue: Catalogue, dense: DenseIndex | None, rows: np.ndarray, scores: np.ndarray, wanted: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Places of the page in `rows`, their propensities, how many variants each stands for, and how many there are in all."""
-    order = engine.catalogue.best(rows, scores)
+    order = catalogue.best(rows, scores)
     n, last = np.ones(len(order), int), wanted.offset + wanted.k
     if wanted.fold:
-        first, n = engine.catalogue.folded(rows[order])
+        first, n = catalogue.folded(rows[order])
         order = order[first]
     propensity = np.ones(len(order))
     if wanted.sort is not None:
-        place = engine.catalogue.sorted(rows[order], wanted.sort)
+        place = catalogue.sorted(rows[order], wanted.sort)
     elif wanted.explore and len(order):
         drawn = plackett_luce(scores[order][None], min(last, len(order)), np.random.default_rng(wanted.seed), wanted.explore)
         place, propensity = drawn[0], page_propensities(scores[order][None], drawn, wanted.explore)[0]
     elif wanted.diversity and len(order):
-        if engine.dense is None:
+        if dense is None:
             raise EngineError("diversity: this engine has no vectors to tell by what is alike")
-        place = diversified(scores[order], engine.dense.vectors[rows[order]], last, wanted.diversity)
+        place = diversified(scores[order], dense.vectors[rows[order]], last, wanted.diversity)
     else:
         place = np.arange(len(order))
     cut = slice(wanted.offset, last)
@@ -247,7 +248,7 @@ def _arranged(engine: "Engine", rows: np.ndarray, scores: np.ndarray, wanted: Op
 
 def _facts(engine: "Engine", asked: _Asked, rows: np.ndarray, names: Sequence[str], x: np.ndarray) -> list[dict[str, Any]]:
     """What may be said of each product on a page, see `explain.sentence`."""
-    products, chosen = engine.products, asked.chosen
+    products, chosen = asked.catalogue.products, asked.chosen
     shown = products.iloc[rows]
     told = {"query": [asked.query] * len(rows), "brand": shown["brand"].fillna("").tolist(), "category": shown["category"].fillna("").str.split(" > ").str[-1].tolist(),
             "rating": [f"{value:.1f}" if value > 0 else "" for value in shown["rating"].astype(float).fillna(0)], "n_ratings": shown["n_ratings"].fillna(0).astype(int).tolist(),
@@ -407,10 +408,10 @@ class Engine:
             UnknownItem: If the product is not on sale.
             FilterError, EngineError: As `search`.
         """
-        row = int(self.catalogue.rows.get_indexer([item_id])[0])
-        if row < 0 or not self.catalogue.open[row]:
+        catalogue, wanted = self.catalogue, Options(k=k, **options)
+        row = int(catalogue.rows.get_indexer([item_id])[0])
+        if row < 0 or not catalogue.open[row]:
             raise UnknownItem(f"item_id: no product {item_id!r} on sale")
-        wanted = Options(k=k, **options)
         return self._page(self._beside(row, user, wanted), wanted)
 
     def suggest(self, prefix: str, k: int = 8) -> list[str]:
@@ -520,14 +521,15 @@ class Engine:
 
     def _asked(self, surface: str, user: str | None, wanted: Options, **about: Any) -> _Asked:
         """A request with what is known of its shopper."""
-        asked = _Asked(surface, time.time_ns() // 1_000_000 if wanted.now is None else wanted.now, user=user, device=wanted.device, **about)
+        now, catalogue = time.time_ns() // 1_000_000 if wanted.now is None else wanted.now, self.catalogue
+        asked = _Asked(surface, now, catalogue, user=user, device=wanted.device, **about)
         if user is not None and self._memory is not None:
             asked.history = self.memory.histories(user, asked.ts)
             asked.chosen = asked.history["item"][asked.history["item"] >= 0]
-        asked.voices["stars"] = _starred(self.products)
+        asked.voices["stars"] = _starred(catalogue.products)
         if self.follows is not None:
             of = np.array([asked.anchor]) if surface == "similar" else asked.chosen
-            asked.voices["co_occurrence"] = _padded(followed(self.follows, of), len(self.catalogue))
+            asked.voices["co_occurrence"] = _padded(followed(self.follows, of), len(catalogue))
         return asked
 
     def _listen(self, asked: _Asked, vector: np.ndarray | None = None) -> None:
@@ -538,16 +540,17 @@ class Engine:
                 asked.history, self.memory.texts if self._memory is not None else [], asked.ts, asked.surface, vector, asked.device,
                 self.memory.users.loc[[asked.user]] if known else None, lambda text: self.vector_of(text)[0][0],
             )
-            asked.voices["shopper"] = asked.sources["shopper"] = heard[: len(self.catalogue)]
+            asked.voices["shopper"] = asked.sources["shopper"] = heard[: len(asked.catalogue)]
 
     def _searching(self, query: str, user: str | None, wanted: Options) -> _Asked:
         asked = self._asked("search", user, wanted, query=query)
-        said = self.lexical.scores([query])
+        n = len(asked.catalogue)  # products that come in while this is read are for the next request
+        said = {name: scores[:, :n] for name, scores in self.lexical.scores([query]).items()}
         if self.dense is None:
             vectors, unknown = np.zeros_like(said["words"]), 1.0
         else:
             vector, unknown = self.vector_of(query)
-            vectors = self.dense.scores(vector)
+            vectors = self.dense.scores(vector)[:, :n]
         heard = legible(said | {"vectors": vectors}, np.array([1 - unknown]))
         silent = (said["words"][0] == 0) & (said["attributes"][0] == 0) & (unknown == 1)
         asked.voices |= {name: scaled(voice)[0] for name, voice in heard.items()} | {"text": vectors[0]}
@@ -560,18 +563,20 @@ class Engine:
         asked = self._asked("home", user, wanted)
         self._listen(asked)
         if self._memory is not None:
-            asked.sources["popularity"] = _padded(self.memory.counters["popularity"], len(self.catalogue))
-        asked.sources["co_occurrence"] = np.where(asked.voices.get("co_occurrence", np.zeros(len(self.catalogue))) > 0, asked.voices.get("co_occurrence", 0), -np.inf)
+            asked.sources["popularity"] = _padded(self.memory.counters["popularity"], len(asked.catalogue))
         if self._memory is None:
             asked.sources["stars"] = asked.voices["stars"]
+        if "co_occurrence" in asked.voices:
+            asked.sources["co_occurrence"] = np.where(asked.voices["co_occurrence"] > 0, asked.voices["co_occurrence"], -np.inf)
         return asked
 
     def _beside(self, row: int, user: str | None, wanted: Options) -> _Asked:
         asked = self._asked("similar", user, wanted, anchor=row)
-        title = product_text(self.products.iloc[[row]], ("title", "category"))
+        catalogue = asked.catalogue
+        title = product_text(catalogue.products.iloc[[row]], ("title", "category"))
         like = self.dense.scores(self.dense.vectors[[row]])[0] if self.dense is not None else scaled(self.lexical.attributes.scores(title))[0]
-        asked.voices["similar"] = like
-        others = self.catalogue.parent != self.catalogue.parent[row]
+        asked.voices["similar"] = like = like[: len(catalogue)]
+        others = catalogue.parent != catalogue.parent[row]
         asked.sources["similar"] = np.where(others, like, -np.inf)
         if "co_occurrence" in asked.voices:
             asked.sources["co_occurrence"] = np.where(others & (asked.voices["co_occurrence"] > 0), asked.voices["co_occurrence"], -np.inf)
@@ -603,13 +608,13 @@ class Engine:
         return np.flatnonzero(inside)
 
     def _page(self, asked: _Asked, wanted: Options, query: str = "", note: str = "") -> Page:
-        catalogue, ranker = self.catalogue, self.ranker_of(asked.surface)
+        catalogue, ranker = asked.catalogue, self.ranker_of(asked.surface)
         allowed = catalogue.allowed(wanted.filters)
         rows = self._coming_in(asked, allowed, wanted.offset + wanted.k)
         x = self._features(ranker.names, asked, rows)
         parts = contributions(ranker, x).to_numpy()
         scores = parts.sum(axis=1)
-        places, propensity, n, total = _arranged(self, rows, scores, wanted)
+        places, propensity, n, total = _arranged(asked.catalogue, self.dense, rows, scores, wanted)
         shown = rows[places]
         if not len(shown):
             note = "No product passes the filters." if not allowed.any() else "No product holds these words." if asked.surface == "search" and not wanted.offset else "No more products."
@@ -623,7 +628,7 @@ class Engine:
         """The candidates that a facet counts: without its own filter, so that the other values can be added."""
         if name not in (filters or {}):
             return rows
-        return self._coming_in(asked, self.catalogue.allowed({other: value for other, value in filters.items() if other != name}))
+        return self._coming_in(asked, asked.catalogue.allowed({other: value for other, value in filters.items() if other != name}))
 
     # saved and loaded
 
