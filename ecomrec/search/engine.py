@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EngineError', 'UnknownItem', 'Page', 'Options', 'diversified', 'follows_of', 'followed', 'Engine', 'write_engine',
-           'read_engine']
+           'read_engine', 'replay', 'learn_order']
 
 # %% ../../nbs/search/09_engine.ipynb #484fa117
 import html
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,9 +21,10 @@ import pandas as pd
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array
 from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
 
 from ..data.artefacts import MANIFEST, ArtefactError, sha256, verify, write_json, writing
-from ..data.features import PAIR_FEATURES
+from ..data.features import DAY, PAIR_FEATURES, requests_of
 from ..data.memory import EVENT, Memory, load_memory, save_memory
 from ..data.pages import page_propensities, plackett_luce
 from ..data.sequences import from_events
@@ -555,8 +556,7 @@ class Engine:
         silent = (said["words"][0] == 0) & (said["attributes"][0] == 0) & (unknown == 1)
         asked.voices |= {name: scaled(voice)[0] for name, voice in heard.items()} | {"text": vectors[0]}
         asked.sources["recipe"] = np.where(silent, -np.inf, mixture(heard, self.recipe.candidates)[0])
-        if not silent.all():
-            self._listen(asked, None if self.dense is None else vector[0])
+        self._listen(asked, None if self.dense is None else vector[0])
         return asked
 
     def _at_home(self, user: str | None, wanted: Options) -> _Asked:
@@ -709,3 +709,64 @@ def read_engine(folder: Path, device: str | None = None) -> dict[str, Any]:
         found["encoder"] = load_encoder(config["encoder"] or str(folder / "encoder"), device)
         found["dense"] = DenseIndex.build(products["item_id"], load_file(folder / "vectors.safetensors")["vectors"])
     return found
+
+# %% ../../nbs/search/09_engine.ipynb #bcf9937a
+def replay(engine: Engine, events: pd.DataFrame) -> Iterator[pd.Series]:
+    """Go through a log as if it happened now; the engine knows all of it in the end.
+
+    Args:
+        engine: Its memory holds nothing of this log yet.
+        events: Clean, later than what the engine knows.
+    Yields:
+        Each search and visit of the front page by somebody who is known (request_id, ts, user_id, query, device, surface), when the
+        engine knows what lies before it.
+    """
+    day = events["ts"] // DAY
+    asked = requests_of(events[events["user_id"].notna()])
+    asked = asked[asked["surface"].isin(["search", "home"])].sort_values(["ts", "request_id"])
+    for midnight in sorted(day.unique()):
+        engine.memory.refresh(int(midnight) * DAY)
+        engine.observe(events[day == midnight])  # of these a request reads only what lies strictly before it
+        today = asked[asked["ts"] // DAY == midnight]
+        yield from (request for _, request in today.astype(object).where(today.notna(), None).iterrows())
+
+
+def learn_order(engine: Engine, events: pd.DataFrame, examined: Sequence[float], unseen: Mapping[str, float] = {"search": 0.01, "home": 0.002}, progress: bool = True) -> None:
+    """Fit the engine's rankers of searches and front pages on the clicks of a log, which it knows in the end; a surface with fewer than ten clicks a feature keeps its order.
+
+    Args:
+        engine: Its memory, and its voice if it has one, know nothing of this log yet.
+        events: As for `replay`.
+        examined: How likely each place of a page is looked at, the first one 1, (places,); the last number counts for all places below.
+        unseen: How likely something is looked at that was not shown, by surface.
+        progress: Show a bar.
+    Raises:
+        EngineError: If nothing was clicked.
+    """
+    on_pages = events[events["request_id"].notna() & events["item_id"].notna()]
+    shown = {request: of for request, of in on_pages[on_pages["kind"].isin(["impression", "click"])].groupby("request_id")}
+    names = ["words", "attributes", "vectors", "text"], ["co_occurrence"] * (engine.follows is not None) + ["shopper"] * (engine.voice is not None) + list(PAIR_FEATURES)
+    names = {"search": names[0] + names[1], "home": names[1]}
+    pages = {surface: [] for surface in names}
+    for request in tqdm(replay(engine, events), desc="replay", unit="request", disable=not progress):
+        of, surface = shown.get(request["request_id"]), request["surface"]
+        if of is None or not (of["kind"] == "click").any():
+            continue
+        wanted = Options(now=int(request["ts"]), device=request["device"])
+        asked = engine._at_home(request["user_id"], wanted) if surface == "home" else engine._searching(normalise_query(request["query"] or ""), request["user_id"], wanted)
+        place = of.groupby("item_id")["position"].min().astype(float).fillna(1.0)
+        code, clicked = engine.catalogue.rows.get_indexer(place.index), place.index.isin(of.loc[of["kind"] == "click", "item_id"])
+        rows = np.union1d(engine._coming_in(asked, engine.catalogue.allowed()), code[code >= 0])
+        at = np.searchsorted(rows, code[code >= 0])
+        look, clicks = np.zeros(len(rows)), np.zeros(len(rows))
+        seen = np.asarray(examined, float)[np.minimum(place.to_numpy()[code >= 0].astype(int), len(examined)) - 1]
+        look[at], clicks[at] = np.log(seen / unseen[surface]), clicked[code >= 0]
+        pages[surface].append((engine._features(names[surface], asked, rows), clicks, look))
+    if not any(pages.values()):
+        raise EngineError(f"events: none of {len(events):,} is a click on a search or a front page of somebody who is known; there is nothing to learn an order from")
+    for surface, told in pages.items():
+        if sum(clicks.sum() for _, clicks, _ in told) >= 10 * len(names[surface]):
+            longest = max(len(clicks) for _, clicks, _ in told)
+            padded = lambda part: np.stack([np.pad(page[part], ((0, longest - len(page[part])),) + ((0, 0),) * (page[part].ndim - 1)) for page in told])
+            offered = np.stack([np.arange(longest) < len(clicks) for _, clicks, _ in told])
+            engine.rankers[surface] = ChoiceRanker(names[surface]).fit(padded(0), padded(1), offered, padded(2))

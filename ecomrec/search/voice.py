@@ -16,6 +16,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from ..data.artefacts import write_json
+from ..data.features import DAY
 from ..data.requests import asked_between, from_pages, lessons_of, profile_columns, request_context, user_profiles
 from ..data.sequences import Questions, Sequences, Split
 from ..data.tables import SURFACES
@@ -41,7 +42,7 @@ def learn_voice(
     vectors: np.ndarray,
     encode: Callable[[Sequence[str]], np.ndarray],
     examined: Sequence[float] | None = None,
-    valid_days: int = 2,
+    valid_ts: int | None = None,
     schedule: Schedule = Schedule(epochs=3, average=0.99),
     length: int = 100,
     progress: bool = True,
@@ -53,7 +54,7 @@ def learn_voice(
         vectors: Text vectors of the products, in the order of the table, (products, dimension).
         encode: Vectors of queries, of the same encoder, (texts,) -> (texts, dimension).
         examined: How likely each place of a page is looked at, the first one 1; everything is if left out.
-        valid_days: Last days of the log, which choose the epoch.
+        valid_ts: Moment in milliseconds since the epoch; the pages from then on choose the epoch. Two days before the end if left out.
         schedule: Of the training.
         length: Events of a history that are read.
         progress: Show a bar.
@@ -64,7 +65,8 @@ def learn_voice(
     places = whole.page.shape[1]
     seen = np.ones(1) if examined is None else np.asarray(examined, float)
     seen = np.pad(seen, (0, max(0, places - len(seen))), "edge")[:places]
-    cut, end = int(whole.ts.max()) - valid_days * 86_400_000, int(whole.ts.max()) + 1
+    end = int(whole.ts.max()) + 1
+    cut = end - 2 * DAY if valid_ts is None else valid_ts
     valid = asked_between(whole, cut, end, last=length)
     valid = valid.take(np.unique(valid.asker))
     lessons = lessons_of(whole.keep(whole.ts < cut), places)
