@@ -587,12 +587,11 @@ class Engine:
         if surface in self.rankers:
             return self.rankers[surface]
         follow = {"co_occurrence": 1.0} if self.follows is not None else {}
-        if self.voice is not None and surface != "similar":
-            return linear_ranker({"shopper": 1.0} | ({} if surface == "search" else follow))
+        told = {} if self.voice is None or surface == "similar" else {"shopper": 0.1}  # its logarithms span some ten units
         if surface == "search":
             total = sum(self.recipe.order.values())
-            return linear_ranker({name: weight / total for name, weight in self.recipe.order.items()})
-        return linear_ranker(follow | ({"similar": 2.0} if surface == "similar" else ({"popularity": 0.1} if self._memory is not None else {}) | {"stars": 0.01}))
+            return linear_ranker({name: weight / total for name, weight in self.recipe.order.items()} | told)
+        return linear_ranker(told | follow | ({"similar": 2.0} if surface == "similar" else ({"popularity": 0.1} if self._memory is not None else {}) | {"stars": 0.01}))
 
     def _features(self, names: Sequence[str], asked: _Asked, rows: np.ndarray) -> np.ndarray:
         """What a ranker reads of some products, (items, names)."""
