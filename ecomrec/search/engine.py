@@ -731,7 +731,7 @@ def replay(engine: Engine, events: pd.DataFrame) -> Iterator[pd.Series]:
 
 
 def learn_order(engine: Engine, events: pd.DataFrame, examined: Sequence[float], unseen: Mapping[str, float] = {"search": 0.01, "home": 0.002}, progress: bool = True) -> None:
-    """Fit the engine's rankers of searches and front pages on the clicks of a log, which it knows in the end; a surface with fewer than ten clicks a feature keeps its order.
+    """Fit the engine's rankers of searches and front pages on the clicks of a log, which it knows in the end; a surface with fewer than five clicks a feature keeps its order.
 
     Args:
         engine: Its memory, and its voice if it has one, know nothing of this log yet.
@@ -764,7 +764,7 @@ def learn_order(engine: Engine, events: pd.DataFrame, examined: Sequence[float],
     if not any(pages.values()):
         raise EngineError(f"events: none of {len(events):,} is a click on a search or a front page of somebody who is known; there is nothing to learn an order from")
     for surface, told in pages.items():
-        if sum(clicks.sum() for _, clicks, _ in told) >= 10 * len(names[surface]):
+        if sum(clicks.sum() for _, clicks, _ in told) >= 5 * len(names[surface]):
             longest = max(len(clicks) for _, clicks, _ in told)
             padded = lambda part: np.stack([np.pad(page[part], ((0, longest - len(page[part])),) + ((0, 0),) * (page[part].ndim - 1)) for page in told])
             offered = np.stack([np.arange(longest) < len(clicks) for _, clicks, _ in told])
