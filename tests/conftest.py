@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import postgres as server
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -38,3 +39,13 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("ECOMREC_DATA does not name a folder with the real data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """A PostgreSQL server of our own; a test that needs it is skipped where none is installed."""
+    if reason := server.missing():
+        pytest.skip(reason)
+    running = server.Postgres()
+    yield running
+    running.close()

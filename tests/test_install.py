@@ -63,7 +63,7 @@ folder = pathlib.Path(ecomrec.__file__).parent
 assert folder == pathlib.Path(sys.argv[1]) / "ecomrec", folder
 for path in sorted(folder.rglob("*.py")):
     parts = path.relative_to(folder).with_suffix("").parts
-    if "_bundled" not in parts and parts[-1][0] != "_":
+    if not any(part[0] == "_" for part in parts):
         importlib.import_module(".".join(("ecomrec", *parts)))
 from ecomrec.data import sources
 from ecomrec.data.cleaning import clean

@@ -22,7 +22,7 @@ from notebooks import NBS, STAGES, code_hash, directives, notebooks, problems, r
 PACKAGE = ROOT / "ecomrec"
 FOUND = notebooks()
 NAMES = [p.relative_to(NBS).as_posix() for p in FOUND]
-MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name[0] != "_" and "_bundled" not in p.parts]
+MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if not any(part[0] == "_" for part in p.relative_to(PACKAGE).parts)]
 each_notebook = pytest.mark.parametrize("path", FOUND, ids=NAMES)
 
 

@@ -99,11 +99,12 @@ def _ubi(path: Path) -> Iterator[tuple[int, dict] | Reject]:
         if said.keys() <= {"index", "create"}:
             return []  # the bulk format's announcement of the next line
         request, about = said["query_id"], said.get("event_attributes") or {}
+        ours = about.get("ecomrec") or {}  # what UBI has no place for, in logs that we wrote
         session = said.get("session_id") or about.get("session_id")
         row = {
             "ts": said["timestamp"], "user_id": said.get("user_id") or said.get("client_id"), "session_id": session, "surface": "search",
             "request_id": request, "query": said.get("user_query"), "kind": said.get("action_name", "search"),
-        }
+        } | ours
         found = []
         if session and request not in session_of:
             session_of[request] = session
@@ -114,10 +115,11 @@ def _ubi(path: Path) -> Iterator[tuple[int, dict] | Reject]:
             thing, ordinal = about.get("object") or {}, (about.get("position") or {}).get("ordinal")
             row |= {"item_id": thing.get("object_id"), "title": thing.get("description")}
             return [*found, (number, row | {"position": None if ordinal is None else ordinal + 1})]
-        if request in searched:
+        search = ours.get("event_id", request)
+        if search in searched:
             return [*found, Reject(number, "this search was read already", json.dumps(said)[:200], malformed=False)]
-        searched.add(request)
-        row |= {"query": row["query"] or said.get("message"), "session_id": session or session_of.get(request)}
+        searched.add(search)
+        row |= {"query": said.get("message") if row["query"] is None else row["query"], "session_id": session or session_of.get(request)}
         if row["session_id"] is None:
             waiting[request] = number, row
             return found
