@@ -52,7 +52,7 @@ def card_html(item: dict[str, Any], reasons: Sequence[str] = (), moved: str = ""
     )
 
 # %% ../../nbs/serve/03_explorer.ipynb #42333a0c
-def happened(kind: str, page: Page, place: int, user: str | None, surface: str, session_id: str) -> pd.DataFrame:
+def happened(kind: str, page: Page, place: int, user: str | None, surface: str, session_id: str, request_id: str) -> pd.DataFrame:
     """One thing done on a page, as a row of the `events` contract.
 
     Args:
@@ -62,10 +62,11 @@ def happened(kind: str, page: Page, place: int, user: str | None, surface: str, 
         user: Who did it; None for a stranger.
         surface: search or home.
         session_id: The visit.
+        request_id: The page.
     """
     item = page.items.iloc[place]
     return pd.DataFrame([{
-        "event_id": uuid.uuid4().hex, "ts": time.time_ns() // 1_000_000, "user_id": user, "session_id": session_id, "request_id": uuid.uuid4().hex, "surface": surface,
+        "event_id": uuid.uuid4().hex, "ts": time.time_ns() // 1_000_000, "user_id": user, "session_id": session_id, "request_id": request_id, "surface": surface,
         "kind": kind, "query": page.query if surface == "search" else None, "item_id": item["item_id"], "position": int(item["rank"]),
         "price": float(item["price"]) if _there(item["price"]) else None, "quantity": 1 if kind == "purchase" else None,
     }])
@@ -92,7 +93,7 @@ class Explorer(widgets.VBox):
     def __init__(self, engine: Engine, k: int, language: str):
         super().__init__()
         self.engine, self.k, self.language, self.say = engine, k, language, _WORDS[language]
-        self.session, self.offset, self.drawing, self.page = uuid.uuid4().hex, 0, False, Page("", pd.DataFrame())
+        self.session, self.request, self.offset, self.drawing, self.page = uuid.uuid4().hex, "", 0, False, Page("", pd.DataFrame())
         self.query = widgets.Combobox(placeholder=self.say["hint"], description=self.say["search"], layout=widgets.Layout(width="45%"))
         self.user = widgets.Dropdown(options=[(self.say["nobody"], None), *((name, name) for name in engine.users[:50])], description=self.say["user"])
         self.sort = widgets.Dropdown(options=[(self.say["best"], None), *((self.say[name], name) for name in ("price", "-price", "-rating", "-listed_ts"))], description=self.say["sort"])
@@ -122,7 +123,7 @@ class Explorer(widgets.VBox):
         """
         if self.drawing:
             return
-        self.drawing, self.offset = True, max(0, offset)
+        self.drawing, self.offset, self.request = True, max(0, offset), uuid.uuid4().hex
         try:
             chosen = {name: list(facet.value) for name, facet in self.facets.items() if facet.value}
             wanted = {"filters": chosen or None, "sort": self.sort.value, "offset": self.offset, "facets": _FACETS, "explain": True, "language": self.language}
@@ -154,7 +155,7 @@ class Explorer(widgets.VBox):
     def _did(self, kind: str, place: int, _button: Any = None) -> None:
         page, surface = self.page, "search" if self.query.value.strip() else "home"
         before = dict(zip(page.items["item_id"], page.items["rank"]))
-        self.engine.observe(happened(kind, page, place, self.user.value, surface, self.session))
+        self.engine.observe(happened(kind, page, place, self.user.value, surface, self.session, self.request))
         self.show(self.offset, before)
         n = sum(before.get(item) != rank for item, rank in zip(self.page.items["item_id"], self.page.items["rank"]))
         self.told.value = html.escape(self.say["done"].format(what=self.say[kind], title=page.items["title"].iloc[place], n=n))

@@ -26,6 +26,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,9 +35,9 @@ import uvicorn
 from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 from pydantic_core import to_json
@@ -609,7 +610,7 @@ class Service:
             with self.observing, self.at_cache:
                 remembered, self.cache = self.engine.forget(user), OrderedDict()
                 self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
-            if not (done.rows or done.key_destroyed or remembered or user in before):
+            if not (done.rows or done.key_destroyed or remembered):
                 write_json(self.erased, before)
                 raise Refused(404, "no such user of this key", "user_id")
         if caller.tenant == TENANT:
@@ -697,7 +698,8 @@ def _sentence(error: Exception) -> str:
 
 # %% ../../nbs/serve/02_service.ipynb #f24692ac
 PAGE = Path(ecomrec.__file__).parent / "serve" / "page"
-_OPEN = frozenset(("/", "/healthz", "/readyz", "/openapi.json"))
+_FILES = {"/" if path.name == "index.html" else f"/{path.name}": path for path in sorted(PAGE.iterdir())}
+_OPEN = frozenset(("/healthz", "/readyz", "/openapi.json", *_FILES))
 _ALWAYS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -749,7 +751,7 @@ class Door:
     def _enter(self, request: Request) -> Caller | None:
         """Who asks; None where that does not matter."""
         path, address = request.url.path, f"address {request.client.host if request.client else ''}"
-        free = path in _OPEN or (request.method in ("GET", "HEAD") and (PAGE / path.strip("/")).is_file())
+        free = path in _OPEN and request.method in ("GET", "HEAD")
         key = None if self.keys is None or free else _presented(request.headers)
         caller = Caller("anyone", admin=True) if self.keys is None else None if key is None else self.keys.who(key)
         self.buckets.take(f"key {caller.name}" if caller and self.keys else address, time.monotonic())
@@ -810,11 +812,22 @@ def _refusal(no: Refused) -> Response:
     return _as_json(no.body(), no.status_code, no.headers)
 
 
+def _place(parts: Sequence[str | int], body: Any, missing: bool) -> list[str]:
+    """Where in a body a fault is, without the names of our types, which stand among the parts."""
+    place = []
+    for number, part in enumerate(parts):
+        there = (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int))
+        if there or (missing and number == len(parts) - 1):
+            place.append(str(part))
+            body = body[part] if there else None
+    return place or ([str(parts[-1])] if body is None and parts else [])
+
+
 async def _said_no(request: Request, error: Exception) -> Response:
     """Every 4xx in one form."""
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"][1:] if part not in ("row", "ubi", "several", "one")]
+        place = _place(first["loc"][1:], error.body, first["type"] == "missing")
         unknown = "is no field of this body; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
         return _refusal(Refused(422, unknown, ".".join(place) or "body"))
     return _refusal(error) if isinstance(error, Refused) else _as_json({"error": str(error.detail)}, error.status_code, error.headers)
@@ -892,8 +905,13 @@ def create_app(service: Service, keys: Keys | None, rate: float = 200.0, hosts: 
     _page_routes(app, service)
     _log_routes(app, service)
     _own_routes(app, service)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    for at, path in _FILES.items():
+        app.add_route(at, partial(_file, path))
     return app
+
+
+async def _file(path: Path, request: Request) -> Response:
+    return FileResponse(path)
 
 
 def _reloaded(service: Service) -> None:
