@@ -9,7 +9,7 @@ __all__ = ['card_html', 'happened', 'Explorer', 'explore']
 import html
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ import ipywidgets as widgets
 import pandas as pd
 
 from ..search.engine import Engine, Page
+from ..search.explain import Reason
 
 # %% ../../nbs/serve/03_explorer.ipynb #bebc5ea4
 _STYLE = (
@@ -80,7 +81,7 @@ _WORDS = {
            "-rating": "评分", "-listed_ts": "最新上架", "click": "查看", "cart": "加入购物车", "purchase": "购买", "before": "上一页", "after": "下一页", "n": "{n} 件商品", "new": "新",
            "category": "类别", "brand": "品牌", "done": "{what}：{title}。页面有 {n} 处变化。", "search": "搜索"},
 }
-_FACETS = ("category", "brand")
+_FACETS, _KINDS = ("category", "brand"), ("click", "cart", "purchase")
 
 
 class Explorer(widgets.VBox):
@@ -99,6 +100,8 @@ class Explorer(widgets.VBox):
         self.sort = widgets.Dropdown(options=[(self.say["best"], None), *((self.say[name], name) for name in ("price", "-price", "-rating", "-listed_ts"))], description=self.say["sort"])
         self.facets = {name: widgets.SelectMultiple(description=self.say[name], rows=6, layout=widgets.Layout(width="48%")) for name in _FACETS}
         self.told, self.cards = widgets.HTML(), widgets.GridBox(layout=widgets.Layout(grid_template_columns="repeat(auto-fill, minmax(15rem, 1fr))", grid_gap="10px", width="100%"))
+        self.places = [self._place(place) for place in range(k)]
+        self.cards.children = [widgets.VBox([text, widgets.HBox(buttons)]) for text, *buttons in self.places]
         self.before, self.after = (widgets.Button(description=self.say[name]) for name in ("before", "after"))
         self.before.on_click(lambda _: self.show(offset=self.offset - self.k))
         self.after.on_click(lambda _: self.show(offset=self.offset + self.k))
@@ -140,17 +143,26 @@ class Explorer(widgets.VBox):
             facet.options, facet.value = options, held
         note = self.page.note if self.query.value.strip() else ""
         self.told.value = html.escape(" · ".join(part for part in (self.say["n"].format(n=self.page.total), note) if part))
-        self.cards.children = [self._card(place, item, before) for place, item in enumerate(self.page.items.to_dict("records"))]
+        items = self.page.items.to_dict("records")
+        for place, (text, *buttons) in enumerate(self.places):
+            self.cards.children[place].layout.display = None if place < len(items) else "none"
+            if place < len(items):
+                text.value = self._text(items[place], self.page.reasons[place], before)
+                for button in buttons:
+                    button.tooltip = f"{button.description}: {items[place]['title']}"
         self.before.disabled, self.after.disabled = self.offset == 0, self.offset + self.k >= self.page.total
 
-    def _card(self, place: int, item: dict[str, Any], before: dict[str, int] | None) -> widgets.VBox:
+    def _text(self, item: dict[str, Any], reasons: Sequence[Reason], before: dict[str, int] | None) -> str:
         up = 0 if before is None else before.get(item["item_id"], 0) - item["rank"]
         moved = "" if before is None else self.say["new"] if item["item_id"] not in before else f"↑ {up}" if up > 0 else ""
-        reasons = [reason.text for reason in self.page.reasons[place] if reason.text][:3]
-        buttons = [widgets.Button(description=self.say[kind], tooltip=f"{self.say[kind]}: {item['title']}", layout=widgets.Layout(width="auto", flex="1 1 auto"), button_style="primary" if kind == "purchase" else "") for kind in ("click", "cart", "purchase")]
-        for kind, button in zip(("click", "cart", "purchase"), buttons):
+        return card_html(item, [reason.text for reason in reasons if reason.text][:3], moved)
+
+    def _place(self, place: int) -> tuple[widgets.Widget, ...]:
+        """The widgets of one place of the page, which stay while products come and go."""
+        buttons = [widgets.Button(description=self.say[kind], layout=widgets.Layout(width="auto", flex="1 1 auto"), button_style="primary" if kind == "purchase" else "") for kind in _KINDS]
+        for kind, button in zip(_KINDS, buttons):
             button.on_click(partial(self._did, kind, place))
-        return widgets.VBox([widgets.HTML(card_html(item, reasons, moved)), widgets.HBox(buttons)])
+        return widgets.HTML(), *buttons
 
     def _did(self, kind: str, place: int, _button: Any = None) -> None:
         page, surface = self.page, "search" if self.query.value.strip() else "home"

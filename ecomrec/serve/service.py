@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 
 import pandas as pd
 import uvicorn
-from fastapi import Body, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
@@ -897,14 +897,15 @@ def create_app(service: Service, keys: Keys | None, rate: float = 200.0, hosts: 
     app = FastAPI(
         title="ecomrec", version=ecomrec.__version__, description="Search and recommendation of a shop, and its log.", lifespan=living,
         docs_url=None, redoc_url=None, exception_handlers=dict.fromkeys((HTTPException, RequestValidationError), _said_no),
-        dependencies=[Depends(HTTPBearer(auto_error=False, description="A key of this service."))] if keys is not None else [],
     )
-    app.router.route_class = StrictRoute
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_middleware(Door, service=service, keys=keys, rate=rate)
-    _page_routes(app, service)
-    _log_routes(app, service)
-    _own_routes(app, service)
+    told = [Depends(HTTPBearer(auto_error=False, description="A key of this service."))] if keys is not None else []  # for the description: the door asks
+    closed = APIRouter(route_class=StrictRoute, dependencies=told)
+    for routes in (_page_routes, _log_routes, _model_routes):
+        routes(closed, service)
+    app.include_router(closed)
+    _health_routes(app, service)
     for at, path in _FILES.items():
         app.add_route(at, partial(_file, path))
     return app
@@ -919,7 +920,7 @@ def _reloaded(service: Service) -> None:
         service.reload()
 
 
-def _page_routes(app: FastAPI, service: Service) -> None:
+def _page_routes(app: APIRouter, service: Service) -> None:
     """Search, recommend, similar, suggest."""
     shown = {"responses": {**_NO, 200: {"model": Answer}}}
 
@@ -940,7 +941,7 @@ def _page_routes(app: FastAPI, service: Service) -> None:
         return _as_json(await service.pages.run(service.suggest, asked))
 
 
-def _log_routes(app: FastAPI, service: Service) -> None:
+def _log_routes(app: APIRouter, service: Service) -> None:
     """Events and erasure."""
 
     @app.post("/events", summary="What shoppers did", responses={**_NO, 200: {"model": Kept}})
@@ -958,8 +959,8 @@ def _log_routes(app: FastAPI, service: Service) -> None:
         return {"users": service.names if request.state.caller.tenant == TENANT else []}
 
 
-def _own_routes(app: FastAPI, service: Service) -> None:
-    """How the service is, and which model it has."""
+def _model_routes(app: APIRouter, service: Service) -> None:
+    """Which model serves, and its numbers."""
 
     @app.post("/reload", summary="Load the model anew", responses={401: _NO[401], 403: {"model": Reason4xx}, 429: _NO[429], **_OR_NOT_NOW, 200: {"model": Served}})
     async def reload(request: Request) -> Response:
@@ -967,17 +968,21 @@ def _own_routes(app: FastAPI, service: Service) -> None:
             raise Refused(403, "this key may not change the model")
         return _as_json(await asyncio.to_thread(service.reload))
 
-    @app.get("/healthz", summary="Whether the process answers")
+    @app.get("/metrics", summary="Numbers for Prometheus", responses={200: {"content": {"text/plain": {}}}, 401: _NO[401], 429: _NO[429]})
+    async def metrics() -> Response:
+        return Response(service.measured(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _health_routes(app: FastAPI, service: Service) -> None:
+    """What whoever watches over the process asks."""
+
+    @app.get("/healthz", summary="Whether the process answers", responses={429: _NO[429]})
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz", summary="Which model serves, and whether events can be kept", responses={503: _NO[503]})
+    @app.get("/readyz", summary="Which model serves, and whether events can be kept", responses={429: _NO[429], 503: _NO[503]})
     async def readyz() -> Response:
         return _as_json({"policy": service.engine.version, "store": bool(await service.writers.run(service.store.ready))})  # pages go on without
-
-    @app.get("/metrics", summary="Numbers for Prometheus", response_class=Response, responses={401: _NO[401]})
-    async def metrics() -> Response:
-        return Response(service.measured(), media_type=CONTENT_TYPE_LATEST)
 
 # %% ../../nbs/serve/02_service.ipynb #9487f0fd
 class ServeError(ValueError):
