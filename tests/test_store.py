@@ -156,7 +156,7 @@ def test_an_id_keeps_its_first_event(used, first, later):
     pd.testing.assert_frame_equal(store.events(), as_table([first]))
 
 
-@FEWER
+@settings(FEWER, max_examples=FEWER.max_examples // 2)
 @given(pool=st.lists(events, max_size=6, unique_by=lambda event: event["event_id"]))
 def test_exports_are_the_same_events(used, tmp_path_factory, pool):
     store, folder = emptied(used), tmp_path_factory.mktemp("exports")
