@@ -134,7 +134,7 @@ class Memory:
     def __init__(self, products: pd.DataFrame, users: pd.DataFrame | None = None, events: pd.DataFrame | None = None):
         self.log = empty("events") if events is None else events
         self.users = (empty("users") if users is None else users).drop_duplicates("user_id").set_index("user_id")
-        self.queries, self.seen, self.later, self.gone, self.called = {}, set(), [], set(), str
+        self.queries, self.texts, self.seen, self.later, self.gone, self.called = {}, [], set(), [], set(), str
         self.catalogue(products)
         names, rows = self._coded(self.log)
         self.histories = Histories(names, rows)
@@ -143,14 +143,15 @@ class Memory:
 
     def catalogue(self, products: pd.DataFrame) -> None:
         """Take a products table whose first rows are the ones known so far, in their order. Until the next `refresh` what is new counts as ordinary."""
-        self.products = products.reset_index(drop=True)
-        self.codes, self.ordinary = pd.Index(self.products["item_id"]), OrdinaryPrices(self.products)
-        self.kinds = self.products["category"].fillna("").to_numpy(object)
-        self.category, self.brand = pd.factorize(self.kinds)[0], pd.factorize(self.products["brand"].fillna(""))[0]
-        told = self.products["attributes"].fillna("")
+        products = products.reset_index(drop=True)
+        kinds, told = products["category"].fillna("").to_numpy(object), products["attributes"].fillna("")
         women, men = (told.str.contains(f'"gender": ?"{who}"').to_numpy(bool) for who in ("women", "men"))
-        self.made_for = np.select([women, men], ["female", "male"], "")
-        self.listed = self.products["listed_ts"].astype("Float64").fillna(np.inf).to_numpy(float)
+        self.ordinary, self.kinds, self.made_for = OrdinaryPrices(products), kinds, np.select([women, men], ["female", "male"], "")
+        self.category, self.brand = pd.factorize(kinds)[0], pd.factorize(products["brand"].fillna(""))[0]
+        self.listed = products["listed_ts"].astype("Float64").fillna(np.inf).to_numpy(float)
+        if len(products) > len(getattr(self, "counters", {}).get("rating", products)):
+            self.counters = {name: np.append(of, np.full(len(products) - len(of), 0 if name == "popularity" else of.mean(), np.float32)) for name, of in self.counters.items()}
+        self.products, self.codes = products, pd.Index(products["item_id"])  # last: whoever reads meanwhile asks for no row that is not there yet
 
     def whole_log(self) -> pd.DataFrame:
         """All events that are remembered, under the names that shoppers have now."""
@@ -159,17 +160,14 @@ class Memory:
         log = pd.concat([log, *self.later], ignore_index=True) if self.later else log
         return log[~log["user_id"].isin(self.gone)] if self.gone else log
 
-        if len(self.products) > len(getattr(self, "counters", {}).get("rating", self.products)):
-            self.counters = {name: np.append(of, np.full(len(self.products) - len(of), 0 if name == "popularity" else of.mean(), np.float32)) for name, of in self.counters.items()}
-
     def queries_of_several(self, least: int = 3) -> list[str]:
         """Queries that at least so many shoppers asked, most first: none of them tells of one person alone."""
         spans = np.array(list(self.histories.part.values()), int).reshape(-1, 2)
         owner = np.repeat(np.arange(len(spans)), spans[:, 1] - spans[:, 0])
         code = np.concatenate([self.histories.past["query"][start:stop] for start, stop in spans] or [np.zeros(0, int)])
         pairs = np.unique(np.stack([owner, code], axis=1)[code >= 0], axis=0)
-        n, texts = np.bincount(pairs[:, 1], minlength=len(self.queries)), list(self.queries)
-        return [texts[place] for place in np.argsort(-n, kind="stable") if n[place] >= least]
+        n = np.bincount(pairs[:, 1], minlength=len(self.texts))
+        return [self.texts[place] for place in np.argsort(-n, kind="stable") if n[place] >= least]
 
     def refresh(self, ts: int) -> None:
         """Compute the counters of items and queries anew, as of the last midnight before a moment; takes as long as reading the log."""
@@ -186,8 +184,9 @@ class Memory:
         acts = acts.assign(item=code, kind=acts["kind"].map(KINDS.index), level=level, query=None)
         rows = pd.concat([requests_of(named).assign(item=-1, kind=-1, level=0, event_id=""), acts])
         rows = rows.sort_values(["user_id", "ts", "event_id"], kind="stable")
-        for text in rows["query"].dropna().unique():
-            self.queries.setdefault(text, len(self.queries))
+        fresh = [text for text in rows["query"].dropna().unique() if text not in self.queries]
+        self.queries.update(zip(fresh, range(len(self.queries), len(self.queries) + len(fresh))))
+        self.texts.extend(fresh)
         rows = rows.assign(query=rows["query"].map(self.queries).fillna(-1), surface=rows["surface"].map(list(SURFACES).index, na_action="ignore").fillna(-1), phone=rows["device"].eq("phone").fillna(False))
         coded = np.empty(len(rows), EVENT)
         for name in EVENT.names:
@@ -244,14 +243,14 @@ class Memory:
         of = {name: counter[items] for name, counter in self.counters.items()}
         gap = of["price_level"].astype(float) - usual
         category, brand = self.category[items], self.brand[items]
-        per_item = lambda codes: np.bincount(codes, minlength=len(self.products))[items]
-        share = lambda code, mine: _rounded(np.bincount(mine, minlength=len(self.products))[code] / (n + PRIOR))
-        last = np.zeros(len(self.products))
+        per_item = lambda codes: np.bincount(codes, minlength=len(self.kinds))[items]
+        share = lambda code, mine: _rounded(np.bincount(mine, minlength=len(self.kinds))[code] / (n + PRIOR))
+        last = np.zeros(len(self.kinds))
         np.maximum.at(last, self.category[acts["item"][bought]], acts["ts"][bought])
         days = _rounded((ts - last[category]) / DAY)
         gender = person["gender"] if person is not None and (pd.isna(person["joined_ts"]) or person["joined_ts"] <= ts) else None
         rows, counts = self.clicks.get(query, (np.zeros(0, int), np.zeros(0)))
-        found = np.zeros(len(self.products))
+        found = np.zeros(len(self.kinds))
         found[rows] = counts
         columns = of | {
             "new": (ts - self.listed[items] >= 0) & (_rounded((ts - self.listed[items]) / DAY) <= 30), "dearer": _rounded(np.maximum(gap, 0)), "cheaper": _rounded(np.maximum(-gap, 0)),
@@ -278,14 +277,14 @@ def save_memory(memory: Memory, folder: Path) -> None:
     pd.DataFrame(memory.counters).to_parquet(folder / "counters.parquet", index=False)
     clicks = [pd.DataFrame({"query": query, "item": items, "clicks": counts}) for query, (items, counts) in memory.clicks.items()]
     pd.concat([pd.DataFrame({"query": pd.Series(dtype="str"), "item": pd.Series(dtype="int64"), "clicks": pd.Series(dtype="int64")}), *clicks]).to_parquet(folder / "clicks.parquet", index=False)
-    write_json(folder / "memory.json", {"queries": list(memory.queries), "until": max([memory.until, *log["ts"].tail(1)])})
+    write_json(folder / "memory.json", {"queries": memory.texts, "until": max([memory.until, *log["ts"].tail(1)])})
 
 
 def load_memory(folder: Path, products: pd.DataFrame) -> Memory:
     """Open what `save_memory` has written, for the same products; the log is read when it is needed."""
     memory, about = Memory.__new__(Memory), json.loads((folder / "memory.json").read_text(encoding="utf-8"))
     memory.log, memory.users = folder / "log.parquet", pd.read_parquet(folder / "users.parquet").set_index("user_id")
-    memory.queries, memory.until = {text: code for code, text in enumerate(about["queries"])}, about["until"]
+    memory.queries, memory.texts, memory.until = {text: code for code, text in enumerate(about["queries"])}, about["queries"], about["until"]
     memory.seen, memory.later, memory.gone, memory.called = set(), [], set(), str
     memory.catalogue(products)
     told = pd.read_parquet(folder / "histories.parquet")

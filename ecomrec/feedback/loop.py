@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORTH', 'Candidates', 'Pages', 'look_up', 'signals', 'targets', 'Lesson', 'fit_ranker', 'doubted', 'quality',
-           'Proposal', 'Learner', 'Verdict', 'clicked_gain', 'page_scale', 'off_policy', 'Gate', 'Round', 'rounds_of']
+           'Proposal', 'Learner', 'Verdict', 'clicked_gain', 'page_scale', 'off_policy', 'Gate', 'Round', 'rounds_of',
+           'engine_of']
 
 # %% ../../nbs/feedback/04_loop.ipynb #00000002
 import time
@@ -26,8 +27,10 @@ from ..data.splits import LeakError, check_leaks
 from ..evaluate.metrics import ndcg
 from .offpolicy import Estimate, item_position, logged_pages, on_policy, target_propensities
 from ..model.text import embed, load_encoder, product_text
-from ..search.index import DenseIndex, LexicalIndex
+from ..search.engine import Engine
+from ..search.index import DenseIndex, LexicalIndex, LexicalSettings
 from ..search.ranking import ChoiceRanker, mixture
+from ..search.recipe import Recipe
 
 # %% ../../nbs/feedback/04_loop.ipynb #00000009
 class Candidates:
@@ -563,3 +566,17 @@ def rounds_of(
             learner.events = pd.concat([learner.events, tables.events], ignore_index=True)
             # A page was filled by what was known that morning; what it teaches is as of its moment.
             pages = learner.look_up(requests[requests["request_id"].isin(tables.events["request_id"])].reset_index(drop=True))
+
+# %% ../../nbs/feedback/04_loop.ipynb #ee23e308
+def engine_of(shop: Tables, candidates: Candidates, ranker: ChoiceRanker, encoder: str) -> Engine:
+    """The engine that serves what a learner has learned, one request at a time.
+
+    Args:
+        shop: The clean tables, with the log that the features are made from.
+        candidates: Of the learner.
+        ranker: Of the learner, for searches.
+        encoder: What the candidates were found with.
+    """
+    shares = {"words": 0.5, "attributes": 0.0, "vectors": 0.5}
+    recipe = Recipe(LexicalSettings(), candidates=shares, order=shares, depth=candidates.n)
+    return Engine.from_products(shop.products, users=shop.users, events=shop.events, recipe=recipe, rankers={"search": ranker}, encoder=encoder, vectors=candidates.dense.vectors)

@@ -508,7 +508,8 @@ class Shopper(nn.Module):
         """
         stream = tokens_of(asked.history, asked, self.config)
         rows = Rows(asked.history, stream, pieces_of(stream, self.config.length, to_last=True), self.config, asked)
-        z, size = self.place.new_zeros(len(asked), self.offered(items).shape[1]), (len(asked), self.config.length)
+        width = items.shape[1] + self.config.trend + (0 if self.gain is None else len(self.gain))
+        z, size = self.place.new_zeros(len(asked), width), (len(asked), self.config.length)
         extra = (z.new_zeros(size), torch.zeros(size, dtype=torch.long, device=z.device)) if self.config.habit else None
         for batch in rows:
             batch = {name: value.to(z.device) for name, value in batch.items()}

@@ -145,13 +145,13 @@ class LexicalIndex:
 
     def scores(self, queries: Iterable[str]) -> np.ndarray:
         """Score of every item for each query, float32 (queries, items); 0 where they share no term."""
-        asked, n = tokenise(queries), self.bm25.scores["num_docs"]
+        asked, n, changed = tokenise(queries), self.bm25.scores["num_docs"], self.changed
         rows = [self.bm25.get_tokens_ids(terms) for terms in asked]
         scores = np.zeros((len(rows), len(self.item_ids)), dtype=np.float32)
         for number, row in enumerate(rows):
             if row:
                 scores[number, :n] = self.bm25.get_scores_from_ids(row)
-        for item, weights in self.changed.items():
+        for item, weights in changed.items():
             scores[:, item] = [sum(weights.get(term, 0.0) for term in terms) for terms in asked]
         return scores
 
@@ -165,12 +165,14 @@ class LexicalIndex:
         rows = pd.Index(self.item_ids).get_indexer(ids)
         self.item_ids = self.item_ids + [item for item, row in zip(ids, rows) if row < 0]
         rows[rows < 0] = len(self.item_ids) - (rows < 0).sum() + np.arange((rows < 0).sum())
+        changed = dict(self.changed)
         for row, terms in zip(rows.tolist(), tokenise(texts)):
             codes = {term: self.bm25.vocab_dict.get(term) for term in terms}
             n_with = {term: 1 if code is None else int(np.diff(held["indptr"][code : code + 2])[0]) for term, code in codes.items()}
             slow = self.bm25.k1 * (1 - self.bm25.b + self.bm25.b * len(terms) / max(self.length, 1e-9))
             rare = {term: math.log(1 + (held["num_docs"] - n + 0.5) / (n + 0.5)) for term, n in n_with.items()}
-            self.changed[row] = {term: rare[term] * tf / (tf + slow) for term, tf in Counter(terms).items()}
+            changed[row] = {term: rare[term] * tf / (tf + slow) for term, tf in Counter(terms).items()}
+        self.changed = changed  # at once, for whoever asks meanwhile
 
     def search(
         self, queries: pd.Series | Sequence[str], k: int = 10, allowed: Collection[str] | None = None,
