@@ -61,11 +61,12 @@ notebooks: $(READY) ## Export, execute every notebook on a fresh kernel, store i
 	HF_HUB_OFFLINE=1 $(BIN)/python nbs/_tools/notebooks.py $(NB)
 	$(BIN)/python nbs/_tools/readme.py
 
-system: ## Install the Debian packages that browser tests need: chromium, fonts-noto-cjk
+system: ## Install the Debian packages that tests of browser and database need: chromium, fonts-noto-cjk, postgresql
 	@missing=""; \
 	command -v chromium >/dev/null || missing="chromium"; \
 	fc-list 2>/dev/null | grep -i "noto.*cjk" >/dev/null || missing="$$missing fonts-noto-cjk"; \
-	if [ -z "$$missing" ]; then echo "system: chromium and fonts-noto-cjk are there, nothing to install"; exit 0; fi; \
+	{ command -v postgres || ls /usr/lib/postgresql/*/bin/postgres; } >/dev/null 2>&1 || missing="$$missing postgresql"; \
+	if [ -z "$$missing" ]; then echo "system: chromium, fonts-noto-cjk and postgresql are there, nothing to install"; exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then echo "system: this is no Debian; install yourself what the tests will otherwise skip:" $$missing; exit 0; fi; \
 	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo"; \
 	echo "system: installing with $$sudo apt-get:" $$missing; \

@@ -42,6 +42,7 @@ setup(
     package_data={
         "": ["*.json", "*.txt", "*.csv", "*.css", "*.js", "*.html"],
         "ecomrec.feedback": ["_migrations/*.py", "_migrations/versions/*.py"],  # alembic reads them as files; they are no modules
+        "ecomrec.serve": ["page/*"],
     },
     python_requires=f">={settings['min_python']},<3.12",
     install_requires=settings["requirements"].split(),

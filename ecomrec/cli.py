@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'about', 'about_data', 'main', 'run_experiment', 'show_runs', 'compare_runs', 'search_run',
-           'list_sources', 'fetch_sources', 'prepare_data']
+           'serve_run', 'list_sources', 'fetch_sources', 'prepare_data']
 
 # %% ../nbs/02_cli.ipynb #00000003
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,7 @@ def about() -> None:
       ecomrec run closed_loop                           one experiment with its full protocol
       ecomrec runs                                      what has been run, and its numbers
       ecomrec search relevance "running shoes"          ask the engine of the latest run
+      ecomrec serve closed_loop                         put it behind a web page and an HTTP interface
       ecomrec data list                                 the known data sets
     """
 
@@ -204,6 +206,16 @@ def compare_runs(
     print(_as_text(lab.compare(first, second).reset_index()))
 
 # %% ../nbs/02_cli.ipynb #00000029
+def _engine_folder(run: str) -> Path:
+    """The folder of the engine that a run has kept."""
+    from ecomrec import lab
+
+    folder = lab.find_run(run)
+    if not (folder / "engine").is_dir():
+        raise lab.RunError(f"{folder.name} has kept no engine; ask a run of 'relevance' or 'closed_loop'")
+    return folder / "engine"
+
+
 @app.command("search")
 def search_run(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or an experiment's name.")],
@@ -217,16 +229,48 @@ def search_run(
       ecomrec search relevance "running shoes"
       ecomrec search runs/relevance-0123456789ab "跑步鞋" -k 5
     """
-    from ecomrec import lab
-
-    folder = lab.find_run(run)
-    if not (folder / "engine").is_dir():
-        raise lab.RunError(f"{folder.name} has kept no engine; ask a run of 'relevance' or 'closed_loop'")
+    folder = _engine_folder(run)
     from ecomrec.search.engine import Engine  # seconds: only once there is something to load
 
-    page = Engine.load(folder / "engine").search(query, k=k)
+    page = Engine.load(folder).search(query, k=k)
     title = f"{len(page)} result{'' if len(page) == 1 else 's'} for “{query}”"
     print("\n".join(part for part in (title, page.note, _as_text(page.table) if len(page) else "") if part))
+
+# %% ../nbs/02_cli.ipynb #5e47e002
+@app.command("serve")
+def serve_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or an experiment's name: its latest run.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask for no key; only where nobody else can reach the address.")] = False,
+    store: Annotated[str | None, typer.Option(envvar="ECOMREC_STORE", help="Where events are kept: a file for SQLite, or postgresql://...")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder for keys; ./runs/served/NAME if left out.")] = None,
+    rate: Annotated[float, typer.Option(min=0.1, help="Requests a second for each key.")] = 200.0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every page and every query's vector anew.")] = False,
+) -> None:
+    """Serve a run's engine: a web page for people, an HTTP interface for programs, and every event kept.
+
+    The first start makes a key and prints it, this once. The first line of the output is the address. SIGHUP, or POST
+    /reload, loads the engine anew: of an experiment that was run again meanwhile the new one.
+
+    \b
+    Examples:
+      ecomrec serve closed_loop --no-auth
+      ecomrec serve closed_loop --host 0.0.0.0 --port 80
+      ECOMREC_STORE=postgresql://shop@db.internal/shop ecomrec serve runs/closed_loop-0123456789ab
+    """
+    from ecomrec import lab
+
+    folder = _engine_folder(run)
+    from ecomrec.feedback.store import Store
+    from ecomrec.search.engine import Engine
+    from ecomrec.serve.service import serve
+
+    place = state or lab.runs_folder() / "served" / folder.parent.name.rpartition("-")[0]
+    place.mkdir(parents=True, exist_ok=True)
+    vectors = {"cache": 0} if no_cache else {}
+    with closing(Store(store or place / "events.sqlite", place / "keys")) as events:
+        serve(lambda: Engine.load(_engine_folder(run), **vectors), events, place, host, port, auth=not no_auth, rate=rate, cache=0 if no_cache else 1024)
 
 # %% ../nbs/02_cli.ipynb #0000002e
 @data_app.command("list")

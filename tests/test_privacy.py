@@ -2,7 +2,6 @@
 
 import hashlib
 import hmac
-import multiprocessing
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from writers import PROCESSES, seal_for_ever
 
 from ecomrec.data.privacy import FieldChanged, KeyDestroyed, Keyring, KeyringError
 
@@ -67,24 +67,13 @@ def test_whoever_opens_a_new_folder_at_once_gets_the_same_keys(tmp_path):
         assert sorted(path.name for path in (tmp_path / str(round)).iterdir() if "db-" not in path.name) == ["keys.db", "master.key"]
 
 
-def seal_for_ever(folder: str, told: str) -> None:
-    """Seal for one new owner after the other, and write down what was handed out."""
-    keyring, number = Keyring(folder), 0
-    with open(told, "ab", buffering=0) as file:
-        while True:
-            owner = f"{os.getpid()}-{number}"
-            file.write(f"{owner} {keyring.encrypt(owner, 'query', owner).hex()}\n".encode())
-            number += 1
-
-
 @pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_what_was_sealed_opens_after_any_kill(tmp_path, kills):
-    context, rng, told = multiprocessing.get_context("forkserver"), random.Random(0), tmp_path / "told"
-    context.set_forkserver_preload(["ecomrec.feedback.store"])
+    rng, told = random.Random(kills), tmp_path / "told"
     told.touch()
-    for _ in range(kills):
+    for life in range(kills):
         size, wanted = told.stat().st_size, rng.randrange(1, 4_000)
-        process = context.Process(target=seal_for_ever, args=(tmp_path / "keys", told))
+        process = PROCESSES.Process(target=seal_for_ever, args=(tmp_path / "keys", told, life))
         process.start()
         while told.stat().st_size < size + wanted:
             time.sleep(0.001)

@@ -64,7 +64,7 @@ def _exact(row: Mapping) -> dict | None:
         value = row.get(name)
         if column.kind == "number" and type(value) is int and abs(value) < 2**53:
             value = float(value)
-        if value is not None and (type(value) is not _PYTHON[column.kind] or type(value) is int and not -(2**63) <= value < 2**63):
+        if value is not None and (type(value) is not _PYTHON[column.kind] or type(value) is int and abs(value) >= 2**53):
             return None
         found[name] = value if value == value else None  # NaN is null
     return found
@@ -74,8 +74,9 @@ def _by_contract(frame: pd.DataFrame) -> list[dict]:
     """Rows of a table by the contract, null as None."""
     for name in frame.columns.intersection(list(_COLUMNS)):
         for row, value in enumerate(frame[name]) if frame[name].dtype == object else ():
-            if not pd.api.types.is_scalar(value) or isinstance(value, bytes) or _unwritable(value):
-                raise EventError(f"events, column {name}, row {row}: holds {type(value).__name__} that is no single value or no text", row, name)
+            huge = isinstance(value, int) and abs(value) >= 2**53  # beyond, a null in the same column costs the last digits
+            if huge or not pd.api.types.is_scalar(value) or isinstance(value, bytes) or _unwritable(value):
+                raise EventError(f"events, column {name}, row {row}: holds no text, number or time that can be kept, but {type(value).__name__}", row, name)
     try:
         checked = check("events", frame)
     except TableError as error:
@@ -407,6 +408,16 @@ def _stored(connection: sa.Connection, keyring: Keyring, ids: Sequence[str]) -> 
     return found
 
 
+def _insert_events(connection: sa.Connection, rows: list[dict]) -> set[str]:
+    """Insert sealed rows, but for those whose id is there; the ids of those that went in."""
+    insert = _insert(connection, _EVENTS)
+    if connection.dialect.name == "postgresql":  # one array a column: a thousand rows of parameters take it ten times as long
+        kinds = {column.name: postgresql.ARRAY(sa.Text() if column.type is _TEXT else column.type) for column in _EVENTS.c}
+        arrays = sa.func.unnest(*(sa.bindparam(name, type_=kind) for name, kind in kinds.items())).table_valued(*kinds).render_derived()
+        insert, rows = insert.from_select(list(kinds), sa.select(arrays)), {name: [row[name] for row in rows] for name in kinds}
+    return set(connection.scalars(insert.on_conflict_do_nothing().returning(_EVENTS.c.event_id), rows))
+
+
 def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[list[dict]]) -> tuple[list[int], int]:
     """Write events that are not there yet.
 
@@ -420,8 +431,7 @@ def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[li
     rows = sorted((row for batch in batches for row in batch), key=lambda row: row["event_id"])
     if not rows:
         return [0] * len(batches), 0
-    insert = _insert(connection, _EVENTS).on_conflict_do_nothing().returning(_EVENTS.c.event_id)
-    new = set(connection.scalars(insert, sealed_rows(keyring, "events", rows)))
+    new = _insert_events(connection, sealed_rows(keyring, "events", rows))
     repeated = [row for row in rows if row["event_id"] not in new]
     if len(repeated) + len(new) < len(rows):  # an id stands twice among these
         repeated = rows
@@ -456,6 +466,11 @@ _DERIVED = sa.Table(
 )
 
 
+def _now() -> int:
+    """Milliseconds since 1970, UTC."""
+    return time.time_ns() // 1_000_000
+
+
 def _checksum(path: Path) -> str | None:
     """SHA-256 of a file, or of a saved folder's manifest; null where there is none."""
     file = path / MANIFEST if path.is_dir() else path
@@ -469,7 +484,7 @@ def ubi_document(event: Mapping) -> dict:
         event: Row of the `events` contract, null as None.
     Source: o19s, User Behavior Insights schema 1.2.
     """
-    left = {name: value for name, value in event.items() if value is not None}
+    left = {name: value for name, value in event.items() if value is not None or name == "surface"}  # left out it would be read as search
     moment = pd.Timestamp(left.pop("ts"), unit="ms").isoformat(timespec="milliseconds")
     said = {"application": "ecomrec", "timestamp": f"{moment}Z", "query_id": left.pop("request_id", None)}
     names = {"session_id": "session_id", "user_id": "client_id", "query": "user_query"} | ({} if left["kind"] == "search" else {"kind": "action_name"})
@@ -633,22 +648,38 @@ class Store:
 
         return self._change(change)
 
-    def derived(self, kind: str, path: str | Path, since: int = 0, until: int = _FOREVER) -> None:
-        """Remember something that is made from the log; best before its events are read.
+    @contextmanager
+    def deriving(self, kind: str, path: str | Path, since: int = 0, until: int = _FOREVER) -> Iterator[dict]:
+        """Remember something that is made from the log inside the block; who is erased meanwhile is counted as in it.
 
         Args:
             kind: export, run or model.
-            path: File or folder; what was known under it is replaced.
+            path: File or folder; at the end of the block it takes the place of what was known under it.
             since, until: Moments of the first and the last event in it, milliseconds; all where that is not known.
+        Yields:
+            since and until, which the block may narrow.
         """
         path = Path(path).absolute()
-        made = Derived(str(path), kind, _checksum(path), time.time_ns() // 1_000_000, since, until, 0)
+        made = Derived(str(path), kind, _checksum(path), _now(), 0, _FOREVER, 0)
 
-        def change(connection: sa.Connection) -> None:
-            insert = _insert(connection, _DERIVED).values(made._asdict())
-            connection.execute(insert.on_conflict_do_update(index_elements=["path"], set_=made._asdict()))
+        def begin(connection: sa.Connection) -> int:
+            whole = {"kind": kind, "since": 0, "until": _FOREVER}
+            connection.execute(_insert(connection, _DERIVED).values(made._asdict()).on_conflict_do_update(index_elements=["path"], set_=whole))
+            return connection.scalar(sa.select(_DERIVED.c.forgotten).where(_DERIVED.c.path == made.path))
 
-        self._change(change)
+        before, moments = self._change(begin), {"since": since, "until": until}
+        yield moments
+        values = moments | {"sha256": _checksum(path), "made_ts": _now(), "forgotten": _DERIVED.c.forgotten - before}
+        self._change(lambda connection: connection.execute(sa.update(_DERIVED).where(_DERIVED.c.path == made.path).values(values)).rowcount)
+
+    def derived(self, kind: str, path: str | Path, since: int = 0, until: int = _FOREVER) -> None:
+        """Remember something that was made from the log.
+
+        Args:
+            kind, path, since, until: As for `deriving`.
+        """
+        with self.deriving(kind, path, since, until):
+            pass
 
     def erase(self, user_id: str) -> Erasure:
         """Forget a user: destroy the key, remove events and what was told, list what derived from them.
@@ -712,23 +743,20 @@ class Store:
 
     def _export(self, path: str | Path, write: Callable[[Path, Iterator[pd.DataFrame]], None]) -> Path:
         """Write a file from all events, complete or not at all, and remember it."""
-        path, last = Path(path).absolute(), 0
-
-        def pieces() -> Iterator[pd.DataFrame]:
-            nonlocal last
-            for piece in self._pieces():
-                last = int(piece["ts"].iloc[-1])
-                yield piece
-
-        self.derived("export", path)
+        path = Path(path).absolute()
         half = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            write(half, pieces())
-            made = {"sha256": sha256(half), "until": last}
-            os.replace(half, path)
-        finally:
-            half.unlink(missing_ok=True)
-        self._change(lambda connection: connection.execute(sa.update(_DERIVED).where(_DERIVED.c.path == str(path)).values(made)) and None)
+        with self.deriving("export", path, until=0) as moments:
+
+            def pieces() -> Iterator[pd.DataFrame]:
+                for piece in self._pieces():
+                    moments["until"] = int(piece["ts"].iloc[-1])
+                    yield piece
+
+            try:
+                write(half, pieces())
+                os.replace(half, path)
+            finally:
+                half.unlink(missing_ok=True)
         return path
 
     def export(self, path: str | Path) -> Path:
