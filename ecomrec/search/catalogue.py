@@ -34,7 +34,7 @@ def _between(values: np.ndarray, name: str, wanted: tuple) -> np.ndarray:
     return (values >= low) & (values <= high)
 
 
-class _Column:
+class _Values:
     """One column of the products: numbers, or texts by code."""
 
     def __init__(self, name: str, values: pd.Series):
@@ -103,7 +103,7 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.products)
 
-    def column(self, name: str, for_what: str = "filters") -> _Column:
+    def column(self, name: str, for_what: str = "filters") -> _Values:
         """A column of the table, or `attributes.NAME` for one attribute."""
         if name not in self._columns:
             if name.startswith("attributes.") and "attributes" in self.products:
@@ -115,7 +115,7 @@ class Catalogue:
                 known, values = name in self.products, self.products.get(name)
             if not known:
                 raise FilterError(f"{for_what}: no column {name!r}; choose from {', '.join(self.products.columns)}, or attributes.NAME")
-            self._columns[name] = _Column(name, values)
+            self._columns[name] = _Values(name, values)
         return self._columns[name]
 
     def allowed(self, filters: Mapping[str, Any] | None = None) -> np.ndarray:
