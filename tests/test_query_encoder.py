@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -137,6 +138,15 @@ def test_any_text_has_a_vector_and_the_same_in_any_company(made, precision, text
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert all(np.array_equal(encoder.encode([text])[0], row) for text, row in zip(texts, vectors))
     assert ((encoder.unknown_share(texts) >= 0) & (encoder.unknown_share(texts) <= 1)).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_of_a_service_share_one_encoder(made, precision):
+    texts = [" ".join(WORDS[5 + (place + step) % 11] for step in range(1 + place % 9)) for place in range(200)]
+    alone = made[precision].encode(texts)
+    with ThreadPoolExecutor(8) as pool:
+        together = np.concatenate(list(pool.map(lambda text: made[precision].encode([text]), texts)))
+    assert np.array_equal(alone, together)
 
 
 def test_a_very_long_query_is_cut(made):
