@@ -322,7 +322,9 @@ class RunRecorder:
         _write_trec(self.folder, run, judgements, system)
 
     def engine(self, engine: object) -> None:
-        """Keep a search engine (anything with `save(folder)`), to be asked by `ecomrec search RUN "..."`."""
+        """Keep a search engine (anything with `save(folder)`), to be asked by `ecomrec search` and `ecomrec serve`; one that can be quickened is."""
+        if hasattr(engine, "quicken"):
+            engine.quicken()
         engine.save(self.folder / "engine")
 
     @property

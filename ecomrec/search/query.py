@@ -10,15 +10,17 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
-from sentence_transformers import SentenceTransformer
 from symspellpy import SymSpell, Verbosity
 
 from ..model.text import plain, product_text
 from .index import WORD, tokenise
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 # %% ../../nbs/search/02_query.ipynb #00000009
 LONGEST = 1000
@@ -43,7 +45,7 @@ def _mendable(word: str) -> bool:
     return len(word) >= 4 and word.isascii() and word.isalpha()
 
 
-def whole_words(encoder: SentenceTransformer) -> set[str]:
+def whole_words(encoder: "SentenceTransformer") -> set[str]:
     """The English words that a text encoder knows in one piece.
 
     Args:

@@ -8,14 +8,17 @@ __all__ = ['TEXT_COLUMNS', 'Recipe', 'legible', 'hybrid_scores', 'fit_recipe', '
 # %% ../../nbs/search/05_recipe.ipynb #125ca022
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from sentence_transformers import SentenceTransformer
 
 from ..model.text import DEFAULT_ENCODER, embed, load_encoder, product_text, unknown_share
 from .index import DenseIndex, LexicalIndex, LexicalSettings, lexical_grid, tune_lexical
 from .ranking import candidates, fit_weights, mixture, scaled, staged, tune_candidates, tune_mixture, weight_grid
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 # %% ../../nbs/search/05_recipe.ipynb #ba78e9d8
 TEXT_COLUMNS = ("title", "description", "category", "brand", "attributes")
@@ -67,7 +70,7 @@ def hybrid_scores(voices: Mapping[str, np.ndarray], recipe: Recipe, allowed: np.
 
 # %% ../../nbs/search/05_recipe.ipynb #f1dc4e67
 def fit_recipe(
-    products: pd.DataFrame, judgements: pd.DataFrame, dense: DenseIndex, encoder: SentenceTransformer,
+    products: pd.DataFrame, judgements: pd.DataFrame, dense: DenseIndex, encoder: "SentenceTransformer",
 ) -> Recipe:
     """Choose what BM25 reads, who comes in, and in which order, on judged queries.
 
@@ -119,11 +122,11 @@ def lexical_voices(
 # %% ../../nbs/search/05_recipe.ipynb #10752257
 def open_dense(
     products: pd.DataFrame,
-    encoder: str | SentenceTransformer = DEFAULT_ENCODER,
+    encoder: "str | SentenceTransformer" = DEFAULT_ENCODER,
     vectors: np.ndarray | None = None,
     progress: bool | None = None,
     fields: Sequence[str] = ("title", "description"),
-) -> tuple[DenseIndex, SentenceTransformer]:
+) -> "tuple[DenseIndex, SentenceTransformer]":
     """The dense index of a catalogue and its encoder; arguments as in `Engine.from_products`."""
     if not products["item_id"].is_unique or products.empty:  # said before minutes are spent on encoding
         raise ValueError("products: the table is empty or an item_id stands there more than once; see cleaning")
