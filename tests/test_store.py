@@ -326,6 +326,27 @@ def test_what_is_no_store_of_ours_is_left_alone(address, tmp_path):
     assert "secret" not in str(caught.value)
 
 
+def test_a_query_that_was_moved_or_changed_is_refused(shop):
+    anna = shop.pseudonym("anna")
+    shop.append([EVENT | {"event_id": name, "user_id": anna, "query": name} for name in ("e1", "e2")])
+    with shop._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE events SET query = (SELECT query FROM events WHERE event_id = 'e1') WHERE event_id = 'e2'")
+    with pytest.raises(StoreError, match="events.query e2 of .* was changed, or moved here from another place"):
+        shop.events()
+
+
+def test_a_keyring_that_cannot_be_written_refuses_events_and_loses_none(tmp_path):
+    with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
+        store.keyring._database.execute("PRAGMA busy_timeout = 10")
+        other = sqlite3.connect(tmp_path / "keys/keys.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="keys.db: cannot be used .database is locked"):
+            store.append([EVENT | {"query": "shoes"}])
+        assert store.append([EVENT | {"event_id": "e2"}]) == 1, "it has nothing to seal"
+        other.execute("ROLLBACK")
+        assert store.append([EVENT | {"query": "shoes"}]) == 1 and len(store.events()) == 2
+
+
 # Forgetting
 
 def random_events(store: Store, n: int, n_users: int, seed: int) -> tuple[list[str], list[dict]]:

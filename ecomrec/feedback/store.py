@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 import ecomrec
 from ..data.artefacts import MANIFEST, sha256
-from ..data.privacy import PSEUDONYM, Keyring
+from ..data.privacy import PSEUDONYM, Keyring, KeyringError
 from ..data.tables import _YEAR_2000, _YEAR_2100, CONTRACTS, KEYS, KINDS, TableError, check, empty
 
 # %% ../../nbs/feedback/05_store.ipynb #5709e006
@@ -234,7 +234,7 @@ def engine_of(address: str | Path) -> sa.Engine:
     """
     file = "://" not in os.fspath(address)
     url = sa.URL.create("sqlite", database=os.fspath(address)) if file else sa.make_url(os.fspath(address))
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
+    if url.get_backend_name() not in ("sqlite", "postgresql") or url in (sa.make_url("sqlite://"), sa.make_url("sqlite:///:memory:")):
         raise StoreError(f"{url.render_as_string()}: the store keeps events in a file (SQLite) or in PostgreSQL; name one of these")
     if url.get_backend_name() == "sqlite":
         Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -259,6 +259,10 @@ def _reached(engine: sa.Engine) -> Iterator[None]:
         if isinstance(error, (OperationalError, InterfaceError)) or error.connection_invalidated:
             raise StoreGone(f"{where}: cannot be reached ({said}); nothing was acknowledged, send it again: what is there already is not written twice") from error
         raise StoreError(f"{where}: refuses ({said})") from error
+    except sa.exc.TimeoutError as error:
+        raise StoreGone(f"{engine.url.render_as_string()}: all connections are in use ({error})") from error
+    except KeyringError as error:
+        raise StoreError(f"the keyring: {error}") from error
 
 # %% ../../nbs/feedback/05_store.ipynb #5709e016
 _MIGRATIONS = Path(ecomrec.__file__).parent / "feedback/_migrations"
@@ -561,7 +565,12 @@ class Store:
         """
         self.keyring, self.counts = Keyring(keys), Counter(new=0, repeated=0, different=0)
         self._engine = engine_of(address)
-        _open(self._engine, self.keyring)
+        try:
+            _open(self._engine, self.keyring)
+        except Exception:
+            self._engine.dispose()
+            self.keyring.close()
+            raise
         self._writer = _Writer(self._write, room, patience)
 
     def pseudonym(self, user_id: str) -> str:
