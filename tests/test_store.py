@@ -209,6 +209,8 @@ def test_a_commit_whose_answer_is_lost_is_repeated_without_harm(shop):
     shop.derived("model", "shopper")
     gone = shop.erase(anna)
     assert gone[:2] == (2, True) and [made.path for made in gone.derived] == [str(Path("shopper").absolute())] and shop.artefacts()[0].forgotten == 1
+    shop.derived("model", "shopper")  # trained again
+    assert shop.artefacts()[0].forgotten == 0
 
 
 def test_one_spoilt_batch_spoils_no_other(shop, monkeypatch):
