@@ -209,6 +209,8 @@ def test_a_commit_whose_answer_is_lost_is_repeated_without_harm(shop):
     shop.derived("model", "shopper")
     gone = shop.erase(anna)
     assert gone[:2] == (2, True) and [made.path for made in gone.derived] == [str(Path("shopper").absolute())] and shop.artefacts()[0].forgotten == 1
+    shop.derived("model", "shopper")  # trained again
+    assert shop.artefacts()[0].forgotten == 0
 
 
 def test_one_spoilt_batch_spoils_no_other(shop, monkeypatch):
@@ -324,6 +326,27 @@ def test_what_is_no_store_of_ours_is_left_alone(address, tmp_path):
     with pytest.raises(StoreGone, match="cannot be reached") as caught:
         Store("postgresql://anna:secret@127.0.0.1:9/shop", tmp_path / "keys")
     assert "secret" not in str(caught.value)
+
+
+def test_a_query_that_was_moved_or_changed_is_refused(shop):
+    anna = shop.pseudonym("anna")
+    shop.append([EVENT | {"event_id": name, "user_id": anna, "query": name} for name in ("e1", "e2")])
+    with shop._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE events SET query = (SELECT query FROM events WHERE event_id = 'e1') WHERE event_id = 'e2'")
+    with pytest.raises(StoreError, match="events.query e2 of .* was changed, or moved here from another place"):
+        shop.events()
+
+
+def test_a_keyring_that_cannot_be_written_refuses_events_and_loses_none(tmp_path):
+    with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
+        store.keyring._database.execute("PRAGMA busy_timeout = 10")
+        other = sqlite3.connect(tmp_path / "keys/keys.db", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match="keys.db: cannot be used .database is locked"):
+            store.append([EVENT | {"query": "shoes"}])
+        assert store.append([EVENT | {"event_id": "e2"}]) == 1, "it has nothing to seal"
+        other.execute("ROLLBACK")
+        assert store.append([EVENT | {"query": "shoes"}]) == 1 and len(store.events()) == 2
 
 
 # Forgetting

@@ -12,7 +12,8 @@ import re
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,20 +144,24 @@ class Keyring:
         self._lock = threading.Lock()
         os.close(os.open(database, os.O_WRONLY | os.O_CREAT, 0o600))  # SQLite's own files beside it take over its mode
         self._database = sqlite3.connect(database, timeout=30, isolation_level=None, check_same_thread=False)
-        try:
-            self._prepare()
-        except sqlite3.DatabaseError as error:
-            raise KeyringError(f"{database}: cannot be used ({error}); put back the copy that you keep of it") from error
+        with self._locked():
+            for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):  # FULL: a commit is on the disk
+                self._database.execute(f"PRAGMA {setting}")
+            self._database.execute("CREATE TABLE IF NOT EXISTS keyring (id TEXT PRIMARY KEY) WITHOUT ROWID")
+            self._database.execute("CREATE TABLE IF NOT EXISTS data_keys (owner TEXT PRIMARY KEY, wrapped BLOB NOT NULL) WITHOUT ROWID")
+            self._database.execute("INSERT INTO keyring SELECT ? WHERE NOT EXISTS (SELECT * FROM keyring)", [self.id])
+            if self._database.execute("SELECT id FROM keyring").fetchall() != [(self.id,)]:
+                raise KeyringError(f"{self.folder}: master.key and keys.db do not belong together; put back the master key that made them")
 
-    def _prepare(self) -> None:
-        """Settings and tables; `synchronous` FULL has each commit on the disk."""
-        for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
-            self._database.execute(f"PRAGMA {setting}")
-        self._database.execute("CREATE TABLE IF NOT EXISTS keyring (id TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._database.execute("CREATE TABLE IF NOT EXISTS data_keys (owner TEXT PRIMARY KEY, wrapped BLOB NOT NULL) WITHOUT ROWID")
-        self._database.execute("INSERT INTO keyring SELECT ? WHERE NOT EXISTS (SELECT * FROM keyring)", [self.id])
-        if self._database.execute("SELECT id FROM keyring").fetchall() != [(self.id,)]:
-            raise KeyringError(f"{self.folder}: master.key and keys.db do not belong together; put back the master key that made them")
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One thread at a time, and the database's errors as ours."""
+        try:
+            with self._lock:
+                yield
+        except sqlite3.Error as error:
+            advice = "is its disk full, or does another process hold it? If it is damaged, put back the copy that you keep of it"
+            raise KeyringError(f"{self.folder / 'keys.db'}: cannot be used ({error}); {advice}") from error
 
     def pseudonym(self, name: str, kind: str = "user") -> str:
         """The same stand-in for the same name, as long as the keyring lives.
@@ -172,7 +177,7 @@ class Keyring:
 
     def _keys(self, owners: set[str]) -> dict[str, _DataKey]:
         """Keys of those owners who have one."""
-        with self._lock:
+        with self._locked():
             found = [(owner, self._database.execute("SELECT wrapped FROM data_keys WHERE owner = ?", [owner]).fetchone()) for owner in sorted(owners)]
         return {owner: self._unwrapped(owner, row[0]) for owner, row in found if row}
 
@@ -188,7 +193,7 @@ class Keyring:
         for owner in sorted(owners):
             key_id, nonce = secrets.token_bytes(8), secrets.token_bytes(12)
             rows.append((owner, key_id + nonce + self._wrapping.encrypt(nonce, secrets.token_bytes(32), key_id + owner.encode())))
-        with self._lock, self._database:
+        with self._locked(), self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany("INSERT INTO data_keys VALUES (?, ?) ON CONFLICT DO NOTHING", rows)
 
@@ -246,7 +251,7 @@ class Keyring:
         Raises:
             KeyringError: If another process reads on and holds the journal; the keys are gone, their bytes not yet. Call again.
         """
-        with self._lock:
+        with self._locked():
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
                 gone = sum(self._database.execute("DELETE FROM data_keys WHERE owner = ?", [owner]).rowcount for owner in owners)

@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 import ecomrec
 from ..data.artefacts import MANIFEST, sha256
-from ..data.privacy import PSEUDONYM, Keyring
+from ..data.privacy import PSEUDONYM, Keyring, KeyringError
 from ..data.tables import _YEAR_2000, _YEAR_2100, CONTRACTS, KEYS, KINDS, TableError, check, empty
 
 # %% ../../nbs/feedback/05_store.ipynb #5709e006
@@ -234,7 +234,7 @@ def database_at(address: str | Path) -> sa.Engine:
     """
     file = "://" not in os.fspath(address)
     url = sa.URL.create("sqlite", database=os.fspath(address)) if file else sa.make_url(os.fspath(address))
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
+    if url.get_backend_name() not in ("sqlite", "postgresql") or url in (sa.make_url("sqlite://"), sa.make_url("sqlite:///:memory:")):
         raise StoreError(f"{url.render_as_string()}: the store keeps events in a file (SQLite) or in PostgreSQL; name one of these")
     if url.get_backend_name() == "sqlite":
         Path(url.database).absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -259,6 +259,10 @@ def _reached(engine: sa.Engine) -> Iterator[None]:
         if isinstance(error, (OperationalError, InterfaceError)) or error.connection_invalidated:
             raise StoreGone(f"{where}: cannot be reached ({said}); nothing was acknowledged, send it again: what is there already is not written twice") from error
         raise StoreError(f"{where}: refuses ({said})") from error
+    except sa.exc.TimeoutError as error:
+        raise StoreGone(f"{engine.url.render_as_string()}: all connections are in use ({error})") from error
+    except KeyringError as error:
+        raise StoreError(f"the keyring: {error}") from error
 
 # %% ../../nbs/feedback/05_store.ipynb #5709e016
 _MIGRATIONS = Path(ecomrec.__file__).parent / "feedback/_migrations"
@@ -444,12 +448,19 @@ def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[li
         counts.append(len(mine))
     return counts, differ
 
+
+def _put_users(connection: sa.Connection, keyring: Keyring, rows: Sequence[Mapping]) -> None:
+    """Write what users told, in place of what they told before."""
+    insert = _insert(connection, _USERS)
+    update = {name: insert.excluded[name] for name in CONTRACTS["users"] if name != "user_id"}
+    connection.execute(insert.on_conflict_do_update(index_elements=["user_id"], set_=update), sealed_rows(keyring, "users", rows))
+
 # %% ../../nbs/feedback/05_store.ipynb #5709e029
 _FOREVER = 2**63 - 1
 
 
 class Derived(NamedTuple):
-    """Something made from the log: where and what it is, the moments of its events (milliseconds), and how many were forgotten since it was made."""
+    """Something made from the log: where and what it is, when it was made (0: not yet), the moments of its events, all in milliseconds since 1970, and how many users in it were forgotten since."""
 
     path: str
     kind: str
@@ -466,15 +477,23 @@ _DERIVED = sa.Table(
 )
 
 
-def _now() -> int:
-    """Milliseconds since 1970, UTC."""
-    return time.time_ns() // 1_000_000
-
-
 def _checksum(path: Path) -> str | None:
     """SHA-256 of a file, or of a saved folder's manifest; null where there is none."""
     file = path / MANIFEST if path.is_dir() else path
     return sha256(file) if file.is_file() else None
+
+
+def _begin_deriving(connection: sa.Connection, path: Path, kind: str) -> int:
+    """Note that something is being made from all events; how many of those in its place were forgotten before."""
+    made, whole = Derived(str(path), kind, _checksum(path), 0, 0, _FOREVER, 0), {"kind": kind, "since": 0, "until": _FOREVER}
+    connection.execute(_insert(connection, _DERIVED).values(made._asdict()).on_conflict_do_update(index_elements=["path"], set_=whole))
+    return connection.scalar(sa.select(_DERIVED.c.forgotten).where(_DERIVED.c.path == made.path))
+
+
+def _end_deriving(connection: sa.Connection, path: Path, before: int, made_ts: int, moments: Mapping[str, int]) -> None:
+    """Note that it is made, once; only who was forgotten meanwhile is still in it."""
+    values = {"sha256": _checksum(path), "made_ts": made_ts, "forgotten": _DERIVED.c.forgotten - before, **moments}
+    connection.execute(sa.update(_DERIVED).where(_DERIVED.c.path == str(path), _DERIVED.c.made_ts != made_ts).values(values))
 
 # %% ../../nbs/feedback/05_store.ipynb #5709e031
 def ubi_document(event: Mapping) -> dict:
@@ -495,15 +514,27 @@ def ubi_document(event: Mapping) -> dict:
         about |= {"position": {"ordinal": left.pop("position") - 1}} if "position" in left else {}
     return said | {"event_attributes": about | {"ecomrec": left}}
 
+
+def _write_parquet(path: Path, pieces: Iterator[pd.DataFrame]) -> None:
+    """Events by the contract as Parquet."""
+    schema = pa.Schema.from_pandas(empty("events"), preserve_index=False)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for piece in pieces:
+            writer.write_table(pa.Table.from_pandas(piece, schema, preserve_index=False))
+
+
+def _write_ubi(path: Path, pieces: Iterator[pd.DataFrame]) -> None:
+    """Events as UBI documents, one a line."""
+    with open(path, "w", encoding="utf-8") as file:
+        for piece in pieces:
+            file.writelines(json.dumps(ubi_document(row), ensure_ascii=False, allow_nan=False) + "\n" for row in _as_rows(piece))
+
 # %% ../../nbs/feedback/05_store.ipynb #5709e034
 class Erasure(NamedTuple):
-    """What an erasure did.
+    """What an erasure did: how many events and user rows went, whether there was a key to destroy, and what was made from the log while they were in it.
 
-    Attributes:
-        rows: Events and user rows that were removed.
-        key_destroyed: Whether there was a key to destroy.
-        derived: What was made from the log while these rows were in it; delete or make again.
-        overwritten: Whether the removed bytes are overwritten in the database's files; PostgreSQL leaves that to VACUUM and the recycling of its log.
+    That is to be deleted or made again. `overwritten` says whether the bytes are gone from the database's files already; a reader may
+    hold SQLite's journal, and PostgreSQL leaves it to VACUUM and the recycling of its log.
     """
 
     rows: int
@@ -561,7 +592,12 @@ class Store:
         """
         self.keyring, self.counts = Keyring(keys), Counter(new=0, repeated=0, different=0)
         self._engine = database_at(address)
-        _open(self._engine, self.keyring)
+        try:
+            _open(self._engine, self.keyring)
+        except Exception:
+            self._engine.dispose()
+            self.keyring.close()
+            raise
         self._writer = _Writer(self._write, room, patience)
 
     def pseudonym(self, user_id: str) -> str:
@@ -637,16 +673,9 @@ class Store:
         bad = ~checked["user_id"].str.fullmatch(PSEUDONYM.pattern)
         if bad.any():
             raise TableError("is no pseudonym; make one with store.pseudonym(user_id)", "users", "user_id", int(bad.to_numpy().argmax()))
-        rows = _as_rows(checked)
-
-        def change(connection: sa.Connection) -> int:
-            insert = _insert(connection, _USERS)
-            update = {name: insert.excluded[name] for name in CONTRACTS["users"] if name != "user_id"}
-            if rows:
-                connection.execute(insert.on_conflict_do_update(index_elements=["user_id"], set_=update), sealed_rows(self.keyring, "users", rows))
-            return len(rows)
-
-        return self._change(change)
+        if len(checked):
+            self._change(lambda connection: _put_users(connection, self.keyring, _as_rows(checked)))
+        return len(checked)
 
     @contextmanager
     def deriving(self, kind: str, path: str | Path, since: int = 0, until: int = _FOREVER) -> Iterator[dict]:
@@ -654,23 +683,17 @@ class Store:
 
         Args:
             kind: export, run or model.
-            path: File or folder; at the end of the block it takes the place of what was known under it.
+            path: File or folder; at the end of the block it takes the place of what was known under it. If the block fails, it
+                stays noted as made of all events.
             since, until: Moments of the first and the last event in it, milliseconds; all where that is not known.
         Yields:
             since and until, which the block may narrow.
         """
-        path = Path(path).absolute()
-        made = Derived(str(path), kind, _checksum(path), _now(), 0, _FOREVER, 0)
-
-        def begin(connection: sa.Connection) -> int:
-            whole = {"kind": kind, "since": 0, "until": _FOREVER}
-            connection.execute(_insert(connection, _DERIVED).values(made._asdict()).on_conflict_do_update(index_elements=["path"], set_=whole))
-            return connection.scalar(sa.select(_DERIVED.c.forgotten).where(_DERIVED.c.path == made.path))
-
-        before, moments = self._change(begin), {"since": since, "until": until}
+        path, moments = Path(path).absolute(), {"since": since, "until": until}
+        before = self._change(lambda connection: _begin_deriving(connection, path, kind))
         yield moments
-        values = moments | {"sha256": _checksum(path), "made_ts": _now(), "forgotten": _DERIVED.c.forgotten - before}
-        self._change(lambda connection: connection.execute(sa.update(_DERIVED).where(_DERIVED.c.path == made.path).values(values)).rowcount)
+        made_ts = time.time_ns() // 1_000_000
+        self._change(lambda connection: _end_deriving(connection, path, before, made_ts, moments))
 
     def derived(self, kind: str, path: str | Path, since: int = 0, until: int = _FOREVER) -> None:
         """Remember something that was made from the log.
@@ -765,13 +788,7 @@ class Store:
         Returns:
             The file.
         """
-        def write(half: Path, pieces: Iterator[pd.DataFrame]) -> None:
-            schema = pa.Schema.from_pandas(empty("events"), preserve_index=False)
-            with pq.ParquetWriter(half, schema, compression="zstd") as writer:
-                for piece in pieces:
-                    writer.write_table(pa.Table.from_pandas(piece, schema, preserve_index=False))
-
-        return self._export(path, write)
+        return self._export(path, _write_parquet)
 
     def export_ubi(self, path: str | Path) -> Path:
         """Write all events as UBI documents, one a line, in the clear.
@@ -779,12 +796,7 @@ class Store:
         Returns:
             The file; `read_log(path, "ubi")` reads it.
         """
-        def write(half: Path, pieces: Iterator[pd.DataFrame]) -> None:
-            with open(half, "w", encoding="utf-8") as file:
-                for piece in pieces:
-                    file.writelines(json.dumps(ubi_document(row), ensure_ascii=False, allow_nan=False) + "\n" for row in _as_rows(piece))
-
-        return self._export(path, write)
+        return self._export(path, _write_ubi)
 
     def ready(self) -> bool:
         """Whether the database answers."""
