@@ -24,7 +24,7 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -367,12 +367,12 @@ class PageLog:
     Args:
         keep: Takes rows of the `events` contract and returns when they are kept; raises StoreGone or StoreFull.
         most: How many rows may wait.
-        pause: Seconds between two tries while the store is away.
+        pause: Seconds between two writings, so that many pages share one, and between two tries while the store is away.
     """
 
     def __init__(self, keep: Callable[[list[dict[str, Any]]], Any], most: int = 20_000, pause: float = 0.5):
         self.keep, self.most, self.pause = keep, most, pause
-        self.waiting, self.dropped, self.stopping = deque(), 0, False
+        self.waiting, self.dropped, self.stopping = deque(), 0, threading.Event()
         self.news, self.writing = threading.Condition(), threading.Lock()
         self.thread = threading.Thread(target=self._run, name="page-log", daemon=True)
         self.thread.start()
@@ -415,21 +415,21 @@ class PageLog:
     def _run(self) -> None:
         while True:
             with self.news:
-                self.news.wait_for(lambda: self.waiting or self.stopping)
+                self.news.wait_for(lambda: self.waiting or self.stopping.is_set())
                 if not self.waiting:
                     return
             try:
                 self.flush()
             except (StoreGone, StoreFull):
-                if self.stopping:
+                if self.stopping.is_set():
                     self.dropped += len(self.waiting)
                     return
-                time.sleep(self.pause)
+            self.stopping.wait(self.pause)
 
     def close(self) -> None:
         """Write what waits, once, and end."""
         with self.news:
-            self.stopping = True
+            self.stopping.set()
             self.news.notify()
         self.thread.join()
 
@@ -496,13 +496,13 @@ class Service:
         self.load, self.store, self.erased, self.meters = load, store, Path(erased), Meters()
         self.pages = Workers(threads or os.cpu_count() or 1, 64, "page")
         self.writers = Workers(2, 256, "event")
-        self.log = PageLog(self._keep_pages)
         self.cache, self.most_cached, self.at_cache = OrderedDict(), cache, threading.Lock()
-        self.observing, self.missed, self.loading = threading.Lock(), None, threading.Lock()
+        self.unseen, self.observing, self.missed, self.loading = deque(), threading.Lock(), None, threading.Lock()
         self.names: list[str] = []
         self.engine = self._opened()
         self.meters.loads.labels("served").inc()
         self._named()
+        self.log = PageLog(self._keep_pages)
 
     # who
     def user(self, caller: Caller, user_id: str | None) -> str | None:
@@ -558,7 +558,8 @@ class Service:
     def _keep_pages(self, rows: list[dict[str, Any]]) -> None:
         self.meters.events.labels("page").inc(self.store.append(rows))
         asked = {row["request_id"]: row for row in reversed(rows) if row["user_id"] is not None}  # that it was asked, not all that was shown
-        self._observe(list(asked.values()))
+        self.unseen.append((list(asked.values()), Future()))
+        self._observe()
 
     async def happened(self, rows: list[dict[str, Any]], caller: Caller, arrived: float) -> dict[str, int]:
         """Keep events and tell the engine of them; returns once both are done.
@@ -579,19 +580,32 @@ class Service:
         except EventError as error:
             raise Refused(422, _sentence(error)) from error
         self.meters.events.labels("sent").inc(new)
-        await self.writers.run(self._observe, rows)
+        seen = Future()
+        seen.set_running_or_notify_cancel()
+        self.unseen.append((rows, seen))
+        self.writers.pool.submit(self._observe)
+        await asyncio.wrap_future(seen)
         self.meters.visible.observe(time.perf_counter() - arrived)
         return {"kept": new, "known": len(rows) - new}
 
-    def _observe(self, rows: list[dict[str, Any]]) -> None:
-        if not rows:
-            return
+    def _observe(self) -> None:
+        """Tell the engine of all that it has not seen yet: who comes while it listens shares the next time."""
         with self.observing:
-            if self.missed is not None:  # a model that is being loaded must hear of it, too
-                self.missed.extend(rows)
-            self.engine.observe(pd.DataFrame(rows, columns=list(_COLUMNS)))
-            with self.at_cache:
-                self.cache = OrderedDict()
+            told = [self.unseen.popleft() for _ in range(len(self.unseen))]
+            rows = [row for some, _ in told for row in some]
+            try:
+                if self.missed is not None:  # a model that is being loaded must hear of it, too
+                    self.missed.extend(rows)
+                if rows:
+                    self.engine.observe(pd.DataFrame(rows, columns=list(_COLUMNS)))
+                    with self.at_cache:
+                        self.cache = OrderedDict()
+            except Exception as error:
+                for _, seen in told:
+                    seen.set_exception(error)
+            else:
+                for _, seen in told:
+                    seen.set_result(None)
 
     def erase(self, caller: Caller, user_id: str) -> dict[str, Any]:
         """Erase a user of the caller's tenant, in the store and in the engine.
@@ -608,6 +622,8 @@ class Service:
             except (StoreGone, StoreFull) as error:
                 raise Refused(503, "the store cannot be reached now; erase again", wait=1) from error
             with self.observing, self.at_cache:
+                for some, _ in self.unseen:
+                    some[:] = [row for row in some if row["user_id"] != user]
                 remembered, self.cache = self.engine.forget(user), OrderedDict()
                 self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
             if not (done.rows or done.key_destroyed or remembered):
@@ -1008,7 +1024,9 @@ def listening(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        found = socket.create_server((host, port), family=family, backlog=2048)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else the end of every answer waits 40 ms for the client's word that it has the beginning
+        return found
     except (OSError, OverflowError) as error:
         raise ServeError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}; name others with --host and --port") from error
 
@@ -1053,6 +1071,7 @@ def serve(load: Callable[[], Any], store: Any, state: Path | str, host: str = "1
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{door.getsockname()[1]}/", flush=True)
         config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=1000, timeout_graceful_shutdown=10)
+        sys.setswitchinterval(0.001)  # the loop waits at most so long for each thread that computes
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends itself the signal once more when all is finished
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[door])
