@@ -39,10 +39,7 @@ setup(
     license_files=["LICENSE"],
     keywords=settings["keywords"].split(),
     packages=find_packages(include=["ecomrec", "ecomrec.*"]),
-    package_data={
-        "": ["*.json", "*.txt", "*.csv", "*.css", "*.js", "*.html"],
-        "ecomrec.feedback": ["_migrations/*.py", "_migrations/versions/*.py"],  # alembic reads them as files; they are no modules
-    },
+    package_data={"": ["*.json", "*.txt", "*.csv", "*.css", "*.js", "*.html"]},
     python_requires=f">={settings['min_python']},<3.12",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
