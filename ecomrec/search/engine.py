@@ -258,7 +258,7 @@ def _facts(engine: "Engine", asked: _Asked, rows: np.ndarray, names: Sequence[st
             "rating": [f"{value:.1f}" if value > 0 else "" for value in shown["rating"].astype(float).fillna(0)], "n_ratings": shown["n_ratings"].fillna(0).astype(int).tolist(),
             "words": matched_words(asked.query, list(product_text(shown, TEXT_COLUMNS)))}
     gap = {name: x[:, names.index(name)] for name in ("cheaper", "dearer") if name in names}
-    told["percent"] = np.round(100 * (np.exp(gap["dearer"] - gap["cheaper"]) - 1)).astype(int).__abs__().tolist() if len(gap) == 2 else [0] * len(rows)
+    told["percent"] = np.round(100 * (np.exp(gap["dearer"] - gap["cheaper"]) - 1)).astype(int).__abs__().tolist() if len(gap) == 2 and len(chosen) else [0] * len(rows)  # a stranger has no usual price
     if asked.anchor >= 0:
         told["anchor"] = [products["title"].iloc[asked.anchor]] * len(rows)
     if len(chosen):

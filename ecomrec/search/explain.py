@@ -112,7 +112,7 @@ def matched_words(query: str, texts: Sequence[str]) -> list[str]:
 
 
 def reasons(parts: pd.DataFrame, facts: Sequence[Mapping[str, Any]], language: str = "en") -> list[list[Reason]]:
-    """The parts of each score as reasons, what counts most first.
+    """The parts of each score as reasons, what counts most first; nothing is said twice.
 
     Args:
         parts: From `contributions`, (items, parts).
@@ -122,6 +122,6 @@ def reasons(parts: pd.DataFrame, facts: Sequence[Mapping[str, Any]], language: s
     out = []
     for row, told in zip(parts.to_numpy(), facts):
         order = np.argsort(-np.abs(row), kind="stable")
-        says = [parts.columns[place] if row[place] > 0 or parts.columns[place] == "dearer" else "" for place in order]
-        out.append([Reason(parts.columns[place], float(row[place]), sentence(part, told, language)) for place, part in zip(order, says)])
+        says = [sentence(parts.columns[place], told, language) if row[place] > 0 or parts.columns[place] == "dearer" else "" for place in order]
+        out.append([Reason(parts.columns[place], float(row[place]), text if text not in says[:number] else "") for number, (place, text) in enumerate(zip(order, says))])
     return out
