@@ -307,7 +307,7 @@ def test_names_with_slashes_and_letters_of_any_kind_can_be_erased(shop):
     ("/search", {"query": "a\x00b"}, 422, "query"), ("/search", {"query": "a", "user_id": "a\nb"}, 422, "user_id"), ("/search", {"query": "a", "explore": -1}, 422, "explore"), ("/search", {"query": "a", "k": 10**30}, 422, "k"),
     ("/similar", {"item_id": "car"}, 404, "item_id"), ("/similar", {}, 422, "item_id"), ("/events", [], 422, "body"), ("/events", {}, 422, None), ("/events", [{"event_id": "1", "kind": "wave"}], 422, "0.kind"),
     ("/events", [{"event_id": "1", "kind": "click", "item_id": "a", "price": -1}], 422, "0.price"), ("/events", [1], 422, None), ("/events", "x", 422, None), ("/suggest", {"prefix": 5}, 422, "prefix"),
-    ("/search", {"query": "a", "diversity": 0.5}, 422, "diversity"), ("/search", {"query": "a", "diversity": 0.5, "explore": 0.5}, 422, None),
+    ("/search", {"query": "a", "diversity": 0.5}, 422, "diversity"), ("/search", {"query": "shoes", "explore": 1e-9}, 422, "explore"), ("/search", {"query": "a", "diversity": 0.5, "explore": 0.5}, 422, None),
 ])
 def test_what_may_not_be_asked_is_refused_with_its_name(open_shop, path, body, status, field):
     answer = open_shop.post(path, body)

@@ -549,6 +549,10 @@ class Service:
         except (FilterError, EngineError) as error:
             field, _, reason = _sentence(error).partition(": ")
             raise (Refused(422, reason, field) if field in ToSearch.model_fields else Refused(422, _sentence(error))) from error
+        except ValueError as error:
+            if not asked.explore:
+                raise
+            raise Refused(422, _sentence(error), "explore") from error  # less chance than these scores leave room for
         return answer(page, "", engine.version)
 
     def suggest(self, asked: ToSuggest) -> dict[str, list[str]]:
