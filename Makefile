@@ -61,13 +61,14 @@ notebooks: $(READY) ## Export, execute every notebook on a fresh kernel, store i
 	HF_HUB_OFFLINE=1 $(BIN)/python nbs/_tools/notebooks.py $(NB)
 	$(BIN)/python nbs/_tools/readme.py
 
-system: ## Install the Debian packages that tests of browser and database need: chromium, fonts-noto-cjk, postgresql
+system: ## Install the Debian packages that tests and benchmarks need: chromium, fonts-noto-cjk, postgresql, wrk
 	@missing=""; \
 	command -v chromium >/dev/null || missing="chromium"; \
 	fc-list 2>/dev/null | grep -i "noto.*cjk" >/dev/null || missing="$$missing fonts-noto-cjk"; \
 	{ command -v postgres || ls /usr/lib/postgresql/*/bin/postgres; } >/dev/null 2>&1 || missing="$$missing postgresql"; \
-	if [ -z "$$missing" ]; then echo "system: chromium, fonts-noto-cjk and postgresql are there, nothing to install"; exit 0; fi; \
-	if ! command -v apt-get >/dev/null; then echo "system: this is no Debian; install yourself what the tests will otherwise skip:" $$missing; exit 0; fi; \
+	command -v wrk >/dev/null || missing="$$missing wrk"; \
+	if [ -z "$$missing" ]; then echo "system: chromium, fonts-noto-cjk, postgresql and wrk are there, nothing to install"; exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then echo "system: this is no Debian; install yourself what tests and benchmarks will otherwise skip:" $$missing; exit 0; fi; \
 	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo"; \
 	echo "system: installing with $$sudo apt-get:" $$missing; \
 	$$sudo apt-get update -qq; \
@@ -76,7 +77,7 @@ system: ## Install the Debian packages that tests of browser and database need: 
 soak: $(READY) ## Run the long tests: the slow ones, and the property tests with many more examples
 	$(ONE_THREAD) HF_HUB_OFFLINE=1 HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
 
-bench: $(READY) ## Measure how fast this machine trains; the numbers go to tests/benchmarks/results/ (minutes)
+bench: $(READY) ## Measure how fast this machine trains, keeps and serves; the numbers go to tests/benchmarks/results/ (minutes)
 	@for script in tests/benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 clean: ## Remove what can be built again; .venv and runs/ stay

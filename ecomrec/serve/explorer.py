@@ -21,7 +21,7 @@ from ..search.explain import Reason
 
 # %% ../../nbs/serve/03_explorer.ipynb #bebc5ea4
 _STYLE = (
-    "border:1px solid var(--jp-border-color2,#ccc);border-radius:8px;padding:10px;min-height:230px;line-height:1.35;"
+    "border:1px solid var(--jp-border-color2,#ccc);border-radius:8px;padding:10px;min-height:170px;line-height:1.35;"
     "color:var(--jp-ui-font-color1,inherit);background:var(--jp-layout-color1,transparent);overflow-wrap:anywhere"
 )
 _SOFT = "color:var(--jp-ui-font-color1,inherit);opacity:.75;font-size:90%"
@@ -75,10 +75,10 @@ def happened(kind: str, page: Page, place: int, user: str | None, surface: str, 
 # %% ../../nbs/serve/03_explorer.ipynb #351c397a
 _WORDS = {
     "en": {"hint": "What are you looking for?", "nobody": "a stranger", "user": "Shop as", "sort": "Sort by", "best": "Best first", "price": "Price, low first", "-price": "Price, high first",
-           "-rating": "Rating", "-listed_ts": "Newest", "click": "View", "cart": "Add to cart", "purchase": "Buy", "before": "Back", "after": "Next", "n": "{n} products", "new": "new",
+           "-rating": "Rating", "-listed_ts": "Newest", "click": "View", "cart": "Add to cart", "purchase": "Buy", "before": "Back", "after": "Next", "one": "1 product", "n": "{n} products", "new": "new",
            "category": "Category", "brand": "Brand", "done": "{what}: {title}. {n} places of the page have changed.", "search": "Search"},
     "zh": {"hint": "您想找什么？", "nobody": "访客", "user": "购物身份", "sort": "排序", "best": "综合排序", "price": "价格从低到高", "-price": "价格从高到低",
-           "-rating": "评分", "-listed_ts": "最新上架", "click": "查看", "cart": "加入购物车", "purchase": "购买", "before": "上一页", "after": "下一页", "n": "{n} 件商品", "new": "新",
+           "-rating": "评分", "-listed_ts": "最新上架", "click": "查看", "cart": "加入购物车", "purchase": "购买", "before": "上一页", "after": "下一页", "one": "1 件商品", "n": "{n} 件商品", "new": "新",
            "category": "类别", "brand": "品牌", "done": "{what}：{title}。页面有 {n} 处变化。", "search": "搜索"},
 }
 _FACETS, _KINDS = ("category", "brand"), ("click", "cart", "purchase")
@@ -142,7 +142,7 @@ class Explorer(widgets.VBox):
             options = [(f"{str(value).split('>')[-1].strip()} ({n})", value) for value, n in {**counts, **{value: counts.get(value, 0) for value in held}}.items()]
             facet.options, facet.value = options, held
         note = self.page.note if self.query.value.strip() else ""
-        self.told.value = html.escape(" · ".join(part for part in (self.say["n"].format(n=self.page.total), note) if part))
+        self.told.value = html.escape(" · ".join(part for part in (self.say["one" if self.page.total == 1 else "n"].format(n=self.page.total), note) if part))
         items = self.page.items.to_dict("records")
         for place, (text, *buttons) in enumerate(self.places):
             self.cards.children[place].layout.display = None if place < len(items) else "none"

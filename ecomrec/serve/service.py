@@ -406,11 +406,12 @@ class PageLog:
                 self.dropped += len(rows)
                 say("page log failed", error, rows=len(rows))
 
-    def without(self, user: str) -> threading.Lock:
-        """Drop what waits of somebody; nothing is written while the returned lock is held."""
+    def drop(self, user: str) -> int:
+        """Take out what waits of somebody and say how much it was; nothing is written while one holds `writing`."""
         with self.news:
+            before = len(self.waiting)
             self.waiting = deque(row for row in self.waiting if row["user_id"] != user)
-        return self.writing
+            return before - len(self.waiting)
 
     def _run(self) -> None:
         while True:
@@ -515,7 +516,7 @@ class Service:
         engine, user, request = self.engine, self.user(caller, asked.user_id), uuid.uuid4().hex
         surface = "search" if isinstance(asked, ToSearch) else "similar" if isinstance(asked, ToCompare) else "home"
         said = self._cached(asked, engine, user, surface) | {"request_id": request}
-        self.log.put(page_rows(said, surface, _now(), user, asked.session_id and _of_tenant(caller, asked.session_id), asked.device))
+        self.log.put(page_rows(said, surface, _this_moment(), user, asked.session_id and _of_tenant(caller, asked.session_id), asked.device))
         return to_json(said, inf_nan_mode="null")
 
     def _cached(self, asked: ToRecommend, engine: Any, user: str | None, surface: str) -> dict[str, Any]:
@@ -548,6 +549,10 @@ class Service:
         except (FilterError, EngineError) as error:
             field, _, reason = _sentence(error).partition(": ")
             raise (Refused(422, reason, field) if field in ToSearch.model_fields else Refused(422, _sentence(error))) from error
+        except ValueError as error:
+            if not asked.explore:
+                raise
+            raise Refused(422, _sentence(error), "explore") from error  # less chance than these scores leave room for
         return answer(page, "", engine.version)
 
     def suggest(self, asked: ToSuggest) -> dict[str, list[str]]:
@@ -614,8 +619,8 @@ class Service:
             Refused: 404 if nothing is known of such a user, 503 if the store is away.
         """
         user = self.user(caller, user_id)
-        with self.log.without(user):
-            before = self._erased()
+        with self.log.writing:
+            waited, before = self.log.drop(user), self._erased()
             write_json(self.erased, sorted({*before, user}))  # before anything is removed: half an erasure can be finished
             try:
                 done = self.store.erase(user)
@@ -626,12 +631,12 @@ class Service:
                     some[:] = [row for row in some if row["user_id"] != user]
                 remembered, self.cache = self.engine.forget(user), OrderedDict()
                 self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
-            if not (done.rows or done.key_destroyed or remembered):
+            if not (waited or done.rows or done.key_destroyed or remembered):
                 write_json(self.erased, before)
                 raise Refused(404, "no such user of this key", "user_id")
         if caller.tenant == TENANT:
             self.names = [name for name in self.names if name != user_id]
-        return {"rows": int(done.rows), "key_destroyed": bool(done.key_destroyed), "forgotten": bool(remembered), "derived": [str(one.path) for one in done.derived]}
+        return {"rows": waited + done.rows, "key_destroyed": done.key_destroyed, "forgotten": remembered, "derived": [str(one.path) for one in done.derived]}
 
     def _erased(self) -> list[str]:
         return json.loads(self.erased.read_text(encoding="utf-8")) if self.erased.exists() else []
@@ -699,7 +704,7 @@ class Service:
         self.log.close()
 
 
-def _now() -> int:
+def _this_moment() -> int:
     return time.time_ns() // 1_000_000
 
 
@@ -812,7 +817,7 @@ class Door:
                 say("failed", error, id=name)
             if status:
                 return  # too late to say anything
-            await (_refusal(no) if name is None else _as_json({"error": "something went wrong here", "id": name}, 500))(scope, receive, sending)
+            await (_answer_no(no) if name is None else _as_json({"error": "something went wrong here", "id": name}, 500))(scope, receive, sending)
         finally:
             route = scope.get("route")
             endpoint = getattr(route, "path", None) or ("page" if 0 < status < 400 else "none")
@@ -824,7 +829,7 @@ def _as_json(said: Any, status: int = 200, headers: Mapping[str, str] | None = N
     return Response(said if isinstance(said, bytes) else to_json(said, inf_nan_mode="null"), status, headers, "application/json")
 
 
-def _refusal(no: Refused) -> Response:
+def _answer_no(no: Refused) -> Response:
     return _as_json(no.body(), no.status_code, no.headers)
 
 
@@ -845,8 +850,8 @@ async def _said_no(request: Request, error: Exception) -> Response:
         first = error.errors()[0]
         place = _place(first["loc"][1:], error.body, first["type"] == "missing")
         unknown = "is no field of this body; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
-        return _refusal(Refused(422, unknown, ".".join(place) or "body"))
-    return _refusal(error) if isinstance(error, Refused) else _as_json({"error": str(error.detail)}, error.status_code, error.headers)
+        return _answer_no(Refused(422, unknown, ".".join(place) or "body"))
+    return _answer_no(error) if isinstance(error, Refused) else _as_json({"error": str(error.detail)}, error.status_code, error.headers)
 
 # %% ../../nbs/serve/02_service.ipynb #963accf2
 class Reason4xx(BaseModel):
@@ -963,7 +968,7 @@ def _log_routes(app: APIRouter, service: Service) -> None:
     @app.post("/events", summary="What shoppers did", responses={**_NO, 200: {"model": Kept}})
     async def events(request: Request, said: Annotated[Events, Body(description="Rows of the `events` table, documents of UBI, or one document of UBI.")]) -> Response:
         arrived = time.perf_counter()
-        rows = event_rows([said] if isinstance(said, UbiSaid) else said, _now())
+        rows = event_rows([said] if isinstance(said, UbiSaid) else said, _this_moment())
         return _as_json(await service.happened(rows, request.state.caller, arrived))
 
     @app.delete("/users/{user_id:path}", summary="Erase a user", responses={**_NO, **_OR_NOT_THERE, 200: {"model": Erased}})
