@@ -155,7 +155,7 @@ class Explorer(widgets.VBox):
     def _text(self, item: dict[str, Any], reasons: Sequence[Reason], before: dict[str, int] | None) -> str:
         up = 0 if before is None else before.get(item["item_id"], 0) - item["rank"]
         moved = "" if before is None else self.say["new"] if item["item_id"] not in before else f"↑ {up}" if up > 0 else ""
-        return card_html(item, [reason.text for reason in reasons if reason.text][:3], moved)
+        return card_html(item, list(dict.fromkeys(reason.text for reason in reasons if reason.text))[:3], moved)
 
     def _place(self, place: int) -> tuple[widgets.Widget, ...]:
         """The widgets of one place of the page, which stay while products come and go."""

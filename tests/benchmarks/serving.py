@@ -46,8 +46,8 @@ def engine_folder(source: str) -> Path:
     if not (run / "engine" / MANIFEST).exists():
         print(f"building the engine of {source}", file=sys.stderr)
         shop = clean(sources.load(source))[0]
-        engine = Engine.from_products(shop.products, users=shop.users, events=shop.events if len(shop.events) else None)
-        if len(shop.events):
+        engine = Engine.from_products(shop.products, users=shop.users, events=shop.events)
+        if shop.events is not None:
             learn_order(engine, shop.events, 1 / np.log2(np.arange(2, 34)), progress=False)
         engine.save(run / "engine")
     write_json(run / "metrics.json", {"built": 1})

@@ -144,7 +144,7 @@ function show(before) {
 function card(item, before) {
   const name = `i-${item.position}`;
   const button = (kind, word) => make("button", {type: "button", id: `${kind}-${item.item_id}`, className: kind === "purchase" ? "" : "plain", onclick: () => happened(kind, item)}, say(word), make("span", {className: "unseen"}, `: ${item.title}`));
-  const reasons = (item.reasons || []).map(why => why.text).filter(Boolean).slice(0, 3);
+  const reasons = [...new Set((item.reasons || []).map(why => why.text).filter(Boolean))].slice(0, 3);
   const kind = [item.brand, item.category?.split(">").pop().trim()].filter(Boolean).join(" · ");
   return make("article", {className: "card", "aria-labelledby": name},
     moved(item, before),
