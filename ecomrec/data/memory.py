@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EVENT', 'OrdinaryPrices', 'item_counters', 'query_clicks', 'Histories', 'Memory', 'save_memory', 'load_memory']
 
-# %% ../../nbs/data/16_memory.ipynb #433912f1
+# %% ../../nbs/data/16_memory.ipynb #eca618c1
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -151,13 +151,14 @@ class Memory:
         self.listed = products["listed_ts"].astype("Float64").fillna(np.inf).to_numpy(float)
         if len(products) > len(getattr(self, "counters", {}).get("rating", products)):
             self.counters = {name: np.append(of, np.full(len(products) - len(of), 0 if name == "popularity" else of.mean(), np.float32)) for name, of in self.counters.items()}
+        self.rows = dict(zip(products["item_id"], range(len(products))))
         self.products, self.codes = products, pd.Index(products["item_id"])  # last: whoever reads meanwhile asks for no row that is not there yet
 
     def whole_log(self) -> pd.DataFrame:
         """All events that are remembered, under the names that shoppers have now."""
         log = pd.read_parquet(self.log) if isinstance(self.log, Path) else self.log
         log = log.assign(user_id=log["user_id"].map(self.called, na_action="ignore").astype("str"))
-        log = pd.concat([log, *self.later], ignore_index=True) if self.later else log
+        log = pd.concat([log, check("events", pd.DataFrame(self.later))], ignore_index=True) if self.later else log
         return log[~log["user_id"].isin(self.gone)] if self.gone else log
 
     def queries_of_several(self, least: int = 3) -> list[str]:
@@ -193,29 +194,49 @@ class Memory:
             coded[name] = rows[name].to_numpy()
         return rows["user_id"].to_numpy(object), coded
 
-    def observe(self, events: pd.DataFrame) -> int:
+    def observe(self, events: pd.DataFrame | Sequence[Mapping]) -> int:
         """Learn of events as they come; the next request knows them.
 
         Args:
-            events: Rows of the contract; an event_id that was observed before changes nothing, and of a request its first event counts.
+            events: A table by the contract, or rows with all its columns that were checked already, null as None, which costs
+                microseconds each. An event_id that was observed before changes nothing, and of a request its first event counts.
         Returns:
             How many were new.
         Raises:
-            TableError: If a row breaks the contract; then none is taken.
+            TableError: If a row of a table breaks the contract; then none is taken.
         """
-        events = check("events", events.drop_duplicates("event_id"), stage="clean", where="observe")
-        events = events[~events["event_id"].isin(self.seen)]
-        names, rows = self._coded(events.assign(request_id=events["request_id"].mask(events["request_id"].isin(self.seen))))
-        for user, row in zip(names, rows.tolist()):
-            self.histories.append(user, row)
-        self.seen.update(events["event_id"], events["request_id"].dropna())
-        self.later.append(events)
-        return len(events)
+        if isinstance(events, pd.DataFrame):
+            events = check("events", events.drop_duplicates("event_id"), stage="clean", where="observe")
+            events = events.astype(object).where(events.notna(), None).to_dict("records")
+        fresh = {row["event_id"]: row for row in reversed(events) if row["event_id"] not in self.seen}
+        self.seen.update(fresh)
+        for row in sorted(fresh.values(), key=lambda row: (row["ts"], row["event_id"])):
+            asks, user = row["request_id"] is not None and row["request_id"] not in self.seen, row["user_id"]
+            if asks:
+                self.seen.add(row["request_id"])
+            if user is None:
+                continue
+            surface, phone = SURFACES.index(row["surface"]) if row["surface"] in SURFACES else -1, row["device"] == "phone"
+            if asks:
+                self.histories.append(user, (row["ts"], -1, -1, self._query(row["query"]), surface, phone, 0))
+            item = self.rows.get(row["item_id"], -1)
+            if row["kind"] in INTEREST and item >= 0:
+                level = self.ordinary.level(self.kinds[item], np.floor((row["price"] or 0) * 100 + 0.5), row["ts"] // DAY)
+                self.histories.append(user, (row["ts"], item, KINDS.index(row["kind"]), -1, surface, phone, level))
+        self.later.extend(fresh.values())
+        return len(fresh)
+
+    def _query(self, text: str | None) -> int:
+        """Number of a query, -1 without one."""
+        if text is not None and text not in self.queries:
+            self.texts.append(text)
+            self.queries[text] = len(self.texts) - 1
+        return self.queries.get(text, -1)
 
     def forget(self, user: str) -> bool:
         """Drop all that is known of a shopper; says whether there was anything. Counters lose it with the next `refresh`."""
         known = user in self.users.index
-        self.users, self.later = self.users.drop(user, errors="ignore"), [some[some["user_id"] != user] for some in self.later]
+        self.users, self.later = self.users.drop(user, errors="ignore"), [row for row in self.later if row["user_id"] != user]
         self.gone.add(user)
         return self.histories.forget(user) or known
 
@@ -277,7 +298,7 @@ def save_memory(memory: Memory, folder: Path) -> None:
     pd.DataFrame(memory.counters).to_parquet(folder / "counters.parquet", index=False)
     clicks = [pd.DataFrame({"query": query, "item": items, "clicks": counts}) for query, (items, counts) in memory.clicks.items()]
     pd.concat([pd.DataFrame({"query": pd.Series(dtype="str"), "item": pd.Series(dtype="int64"), "clicks": pd.Series(dtype="int64")}), *clicks]).to_parquet(folder / "clicks.parquet", index=False)
-    write_json(folder / "memory.json", {"queries": memory.texts, "until": max([memory.until, *log["ts"].tail(1)])})
+    write_json(folder / "memory.json", {"queries": memory.texts, "until": int(log["ts"].max()) if len(log) else 0})
 
 
 def load_memory(folder: Path, products: pd.DataFrame) -> Memory:

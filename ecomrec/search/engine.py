@@ -238,6 +238,8 @@ def _arranged(catalogue: Catalogue, dense: DenseIndex | None, rows: np.ndarray, 
     if wanted.sort is not None:
         place = catalogue.sorted(rows[order], wanted.sort)
     elif wanted.explore and len(order):
+        if np.ptp(scores) > 400 * wanted.explore:
+            raise EngineError(f"explore: {wanted.explore} is too small for scores that span {np.ptp(scores):.3g}; ask for {np.ptp(scores) / 400:.2g} or more, or for 0, the sorted page")
         drawn = plackett_luce(scores[order][None], min(last, len(order)), np.random.default_rng(wanted.seed), wanted.explore)
         place, propensity = drawn[0], page_propensities(scores[order][None], drawn, wanted.explore)[0]
     elif wanted.diversity and len(order):
@@ -289,8 +291,7 @@ class Engine:
         fields: Columns that the encoder reads.
         memory: What the shop knows of its shoppers; made when the first event is observed if left out.
         follows: From `follows_of`.
-        rankers: By surface (search, home, similar) the ranker of its pages, over `PAIR_FEATURES` and the voices; the recipe's order and
-            simple sums where there is none.
+        rankers: By surface (search, home, similar) the ranker of its pages, over `PAIR_FEATURES` and the voices; else simple sums.
         voice: A trained shopper model, heard in searches and recommendations.
         query_encoder: A quick export of the encoder, for queries; see `quicken`.
         open_encoder: Opens the encoder when something else than a query must be encoded, in place of `encoder`.
@@ -436,7 +437,7 @@ class Engine:
 
     # what is learned while the shop is open
 
-    def observe(self, events: pd.DataFrame) -> int:
+    def observe(self, events: pd.DataFrame | Sequence[Mapping]) -> int:
         """Learn of events as they come; the next page knows them. See `Memory.observe`."""
         return self.memory.observe(events)
 
@@ -677,9 +678,14 @@ class Engine:
 
     @classmethod
     def load(cls, folder: Path | str, device: str | None = None, cache: int = 1024) -> Self:
-        """Open a saved engine; raises ArtefactError if a file is missing or its checksum differs."""
+        """Open a saved engine; raises ArtefactError if a file is missing, its checksum differs, or it is not what an engine saves."""
         verify(Path(folder))
-        return cls(**read_engine(Path(folder), device), cache=cache)
+        try:
+            return cls(**read_engine(Path(folder), device), cache=cache)
+        except ArtefactError:
+            raise
+        except Exception as error:  # the checksums fit, but somebody else made the files: readers of many formats share no error
+            raise ArtefactError(f"{folder}: cannot be opened ({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}); save it again") from error
 
 # %% ../../nbs/search/09_engine.ipynb #41cc6cd3
 def _settled(engine: Engine) -> Engine:

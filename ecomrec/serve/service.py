@@ -602,7 +602,7 @@ class Service:
                 if self.missed is not None:  # a model that is being loaded must hear of it, too
                     self.missed.extend(rows)
                 if rows:
-                    self.engine.observe(pd.DataFrame(rows, columns=list(_COLUMNS)))
+                    self.engine.observe([dict.fromkeys(_COLUMNS) | row for row in rows])
                     with self.at_cache:
                         self.cache = OrderedDict()
             except Exception as error:
@@ -675,7 +675,7 @@ class Service:
             fresh = self._opened()
             with self.observing:
                 if self.missed:
-                    fresh.observe(pd.DataFrame(self.missed, columns=list(_COLUMNS)))
+                    fresh.observe([dict.fromkeys(_COLUMNS) | row for row in self.missed])
                 self.engine = fresh
             self._named()
         except Exception as error:
