@@ -161,7 +161,7 @@ class Buckets:
 
 # %% ../../nbs/serve/01_door.ipynb #ea9126ed
 MOST_BYTES, DEEPEST = 64 * 1024, 16
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_STRINGS = re.compile(rb'"(?:[^"\\]|\\.?)*+"?', re.DOTALL)  # one that never ends, too: each byte is read once
 _PLACE = re.compile(r" at line (\d+) column (\d+)$")
 
 
