@@ -120,10 +120,14 @@ def test_what_is_forgotten_is_in_no_feature_no_suggestion_and_no_saved_file(shop
     engine = Engine.from_products(shop.products, users=shop.users, events=shop.events, recipe=WORDS)
     engine.rename_users(lambda name: f"alias {name}")
     user = engine.users[0]
+    typed = [engine.memory.texts[code] for code in engine.memory.histories(user, engine.until + 1)["query"] if code >= 0]
     assert engine.forget(user) and user not in engine.users
     engine.save(tmp_path / "engine")
     saved = pd.concat([pd.read_parquet(tmp_path / "engine" / "memory" / name)[["user_id"]] for name in ("log.parquet", "histories.parquet", "users.parquet")])["user_id"].dropna()
     assert len(saved) and user not in set(saved) and saved.str.startswith("alias ").all()
+    secret = {text for text in typed if text not in set(pd.read_parquet(tmp_path / "engine" / "memory" / "log.parquet")["query"])}
+    written = (tmp_path / "engine" / "memory" / "memory.json").read_text() + pd.read_parquet(tmp_path / "engine" / "memory" / "clicks.parquet").to_string()
+    assert secret and not any(f'"{text}"' in written or f" {text} " in written for text in secret)
     again = Engine.load(tmp_path / "engine")
     assert again.recommend(user, now=engine.until + 1).items.equals(again.recommend(now=engine.until + 1).items)
 

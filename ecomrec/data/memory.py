@@ -296,9 +296,10 @@ def save_memory(memory: Memory, folder: Path) -> None:
     pd.DataFrame(rows).assign(user_id=names).to_parquet(folder / "histories.parquet", index=False)
     memory.users.reset_index().to_parquet(folder / "users.parquet", index=False)
     pd.DataFrame(memory.counters).to_parquet(folder / "counters.parquet", index=False)
-    clicks = [pd.DataFrame({"query": query, "item": items, "clicks": counts}) for query, (items, counts) in memory.clicks.items()]
+    told = set(log["query"].dropna())  # what only a forgotten shopper typed is not written
+    clicks = [pd.DataFrame({"query": query, "item": items, "clicks": counts}) for query, (items, counts) in memory.clicks.items() if query in told]
     pd.concat([pd.DataFrame({"query": pd.Series(dtype="str"), "item": pd.Series(dtype="int64"), "clicks": pd.Series(dtype="int64")}), *clicks]).to_parquet(folder / "clicks.parquet", index=False)
-    write_json(folder / "memory.json", {"queries": memory.texts, "until": int(log["ts"].max()) if len(log) else 0})
+    write_json(folder / "memory.json", {"queries": [text if text in told else "" for text in memory.texts], "until": int(log["ts"].max()) if len(log) else 0})
 
 
 def load_memory(folder: Path, products: pd.DataFrame) -> Memory:

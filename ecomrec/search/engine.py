@@ -443,6 +443,8 @@ class Engine:
 
     def forget(self, user: str) -> bool:
         """Drop what is remembered of a shopper; says whether there was anything."""
+        self.vector_of.cache_clear()
+        self.__dict__.pop("_suggestions", None)
         return self._memory is not None and self.memory.forget(user)
 
     def rename_users(self, name: Callable[[str], str]) -> None:
