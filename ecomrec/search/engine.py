@@ -187,11 +187,6 @@ class _Asked:
     chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, int))  # rows of what this shopper chose, oldest first
 
 
-def _starred(products: pd.DataFrame) -> np.ndarray:
-    """The catalogue's rating of each product, 0 where there is none."""
-    return products["rating"].astype(float).fillna(0.0).to_numpy()
-
-
 def follows_of(products: pd.DataFrame, events: pd.DataFrame) -> csr_array:
     """How much each product is chosen after each other one, (products, products), in the order of the table.
 
@@ -569,7 +564,7 @@ class Engine:
         if user is not None and self._memory is not None:
             asked.history = self.memory.histories(user, asked.ts)
             asked.chosen = asked.history["item"][asked.history["item"] >= 0]
-        asked.voices["stars"] = _starred(catalogue.products)
+        asked.voices["stars"] = np.nan_to_num(catalogue.column("rating").values)
         if self.follows is not None:
             of = np.array([asked.anchor]) if surface == "similar" else asked.chosen
             asked.voices["co_occurrence"] = _padded(followed(self.follows, of), len(catalogue))
@@ -606,7 +601,7 @@ class Engine:
         self._listen(asked)
         if self._memory is not None:
             asked.sources["popularity"] = _padded(self.memory.counters["popularity"], len(asked.catalogue))
-        if self._memory is None:
+        else:
             asked.sources["stars"] = asked.voices["stars"]
         if "co_occurrence" in asked.voices:
             asked.sources["co_occurrence"] = np.where(asked.voices["co_occurrence"] > 0, asked.voices["co_occurrence"], -np.inf)
@@ -653,8 +648,8 @@ class Engine:
         allowed = catalogue.allowed(wanted.filters)
         rows = self._coming_in(asked, allowed, wanted.offset + wanted.k)
         x = self._features(ranker.names, asked, rows)
-        parts = contributions(ranker, x).to_numpy()
-        scores = parts.sum(axis=1)
+        parts = contributions(ranker, x)
+        scores = parts.to_numpy().sum(axis=1)
         places, propensity, n, total = _arranged(asked.catalogue, self.dense, rows, scores, wanted)
         shown = rows[places]
         if not len(shown):
@@ -662,7 +657,7 @@ class Engine:
         items = {"rank": np.arange(wanted.offset + 1, wanted.offset + 1 + len(shown))} | catalogue.page(shown) | {"score": scores[places], "propensity": propensity, "variants": n}
         table = pd.DataFrame({name: items[name] for name in [*_TABLE, *(name for name in items if name not in _TABLE)]})
         facets = {name: catalogue.column(name, "facets").counts(self._counted(asked, rows, name, wanted.filters)) for name in wanted.facets}
-        why = reasons(contributions(ranker, x[places]), _facts(self, asked, shown, ranker.names, x[places]), wanted.language) if wanted.explain else []
+        why = reasons(parts.iloc[places], _facts(self, asked, shown, ranker.names, x[places]), wanted.language) if wanted.explain else []
         return Page(query, table, note, total, facets, why)
 
     def _counted(self, asked: _Asked, rows: np.ndarray, name: str, filters: Mapping[str, Any] | None) -> np.ndarray:
