@@ -60,20 +60,28 @@ class _Values:
         folded = {_fold(value) for value in values}
         return np.append([bool(folded & said) for said in self.said], False).astype(bool)[self.codes]
 
-    def counts(self, rows: np.ndarray, most: int = 20) -> list[tuple[Any, int]]:
-        """How many of some rows have each value, most first; numbers in ranges (low, high) of about equally many."""
+    def counts(self, rows: np.ndarray, group: np.ndarray | None = None, most: int = 20) -> list[tuple[Any, int]]:
+        """How many of some rows have each value, most first; numbers in ranges (low, high) of about equally many.
+
+        Args:
+            rows: Of the catalogue, (rows,).
+            group: What is counted once for each value though several of its rows have it, (rows,); every row counts if left out.
+            most: Values.
+        """
+        group = np.arange(len(rows)) if group is None else group
         if not self.numeric:
             codes = self.codes[rows]
-            n = np.bincount(codes[codes >= 0], minlength=len(self.texts))
+            codes = np.unique(np.stack([codes, group])[:, codes >= 0], axis=1)[0]
+            n = np.bincount(codes, minlength=len(self.texts))
             return [(self.texts[code], int(n[code])) for code in np.argsort(-n, kind="stable")[:most] if n[code]]
         values = self.values[rows]
-        values = values[np.isfinite(values)]
+        values, group = values[np.isfinite(values)], group[np.isfinite(values)]
         if not len(values):
             return []
         edges = np.unique(np.quantile(values, [0, 0.25, 0.5, 0.75, 1], method="nearest"))
         place = np.searchsorted(edges[1:-1], values, side="left")  # an edge belongs to the range that it ends
-        held = [values[place == number] for number in range(max(len(edges) - 1, 1))]
-        return [((float(some.min()), float(some.max())), len(some)) for some in held if len(some)]
+        held = [place == number for number in range(max(len(edges) - 1, 1))]
+        return [((float(values[some].min()), float(values[some].max())), len(np.unique(group[some]))) for some in held if some.any()]
 
 # %% ../../nbs/search/06_catalogue.ipynb #a841143f
 SORTS = {"price": ("price", 1), "-price": ("price", -1), "-rating": ("rating", -1), "-listed_ts": ("listed_ts", -1)}

@@ -31,7 +31,7 @@ from ..data.tables import KINDS, check
 from ..model.baselines import CoOccurrence
 from ..model.text import DEFAULT_ENCODER, embed, load_encoder, product_text, unknown_share
 from .catalogue import Catalogue, FilterError
-from .explain import Reason, contributions, linear_ranker, matched_words, reasons
+from .explain import Reason, contributions, linear_ranker, matched_words, reasons, sentence
 from .index import DenseIndex, LexicalIndex, LexicalSettings, tokenise
 from .query import Speller, normalise_query, whole_words
 from .query_encoder import EncoderChoice, QueryEncoder, choose_query_encoder
@@ -66,6 +66,7 @@ class Page:
         total: How many products there are to be paged through.
         facets: By column its values, or ranges (low, high) of numbers, and how many candidates have each.
         reasons: For each item the parts of its score, if they were asked for.
+        surface: search, home or similar: whose ranker made the page.
     """
 
     query: str
@@ -74,6 +75,7 @@ class Page:
     total: int = 0
     facets: dict[str, list[tuple[Any, int]]] = field(default_factory=dict)
     reasons: list[list[Reason]] = field(default_factory=list)
+    surface: str = "search"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -107,16 +109,16 @@ class Options:
 
     Args:
         k: Most products on the page.
-        offset: How many products stand on the pages before it.
+        offset: How many products stand on the pages before it; there are as many pages as the recipe's candidates fill.
         filters: See `Catalogue.allowed`; applied before the cut, so a page is full wherever enough products pass.
         sort: An order of `catalogue.SORTS` instead of the best first; only the candidates are sorted.
         fold: Show one of the variants of a product, the best.
         diversity: How much it counts against a product that it is like one above it, 0 to 1 (maximal marginal relevance).
         explore: Draw the page instead of sorting it, in proportion to exp(score / explore) (Plackett-Luce); the page then holds its propensities.
         seed: Of the draw; the next page of the same draw needs the same seed.
-        facets: Columns whose values are counted over the candidates; a column's own filter is left out of its counts.
+        facets: Columns whose values are counted over all that can be paged through; a column's own filter is left out of its counts.
         explain: Tell the parts of every score.
-        language: Of the reasons' sentences, `en` or `zh`.
+        language: Of the note and of the reasons' sentences, `en` or `zh`.
         device: From where the request comes, such as `phone`.
         now: Moment of the request in milliseconds since the epoch; the clock's if left out.
     Raises:
@@ -254,13 +256,16 @@ def _facts(engine: "Engine", asked: _Asked, rows: np.ndarray, names: Sequence[st
     told = {"query": [asked.query] * len(rows), "brand": shown["brand"].fillna("").tolist(), "category": shown["category"].fillna("").str.split(" > ").str[-1].tolist(),
             "rating": [f"{value:.1f}" if value > 0 else "" for value in shown["rating"].astype(float).fillna(0)], "n_ratings": shown["n_ratings"].fillna(0).astype(int).tolist(),
             "words": matched_words(asked.query, list(product_text(shown, TEXT_COLUMNS)))}
-    gap = {name: x[:, names.index(name)] for name in ("cheaper", "dearer") if name in names}
-    told["percent"] = np.round(100 * (np.exp(gap["dearer"] - gap["cheaper"]) - 1)).astype(int).__abs__().tolist() if len(gap) == 2 and len(chosen) else [0] * len(rows)  # a stranger has no usual price
+    read = lambda name: x[:, names.index(name)] if name in names else np.zeros(len(rows))
+    told |= {"is_new": (read("new") > 0).tolist(), "asked": [asked.query if share > 0 else "" for share in read("query_share")]}
+    told["wanted"] = (read("popularity") > (engine.memory.counters["popularity"].mean() if "popularity" in names else 0)).tolist()
     if asked.anchor >= 0:
         told["anchor"] = [products["title"].iloc[asked.anchor]] * len(rows)
     if len(chosen):
         memory, bought = engine.memory, engine.memory.histories(asked.user, asked.ts)
         bought = bought["item"][bought["kind"] == KINDS.index("purchase")]
+        percent = np.round(100 * (np.exp(read("dearer") - read("cheaper")) - 1)).astype(int)
+        told |= {"chosen": [True] * len(rows), "above": np.maximum(percent, 0).tolist(), "below": np.maximum(-percent, 0).tolist()}
         told |= {f"n_{name}": [int((of[chosen] == of[row]).sum()) for row in rows] for name, of in (("brand", memory.brand), ("category", memory.category))}
         told |= {"n_seen": [int((chosen == row).sum()) for row in rows], "n_bought": [int((bought == row).sum()) for row in rows]}
         if engine.follows is not None:
@@ -383,9 +388,9 @@ class Engine:
             raise EngineError(f"query must be a text, not {query!r}")
         wanted, query = Options(k=k, **options), normalise_query(query)
         if not tokenise([query])[0]:  # nothing to look for, not a letter and not a figure
-            return self._page(self._at_home(user, wanted), wanted, query, "No query: the best first.")
+            return self._page(self._at_home(user, wanted), wanted, query, sentence("note: no query", {}, wanted.language))
         searched = self.speller.correct(query) if spelling else query
-        said = f'showing results for "{searched}" instead of "{query}"' if searched != query else ""
+        said = sentence("note: corrected", {"searched": searched, "query": query}, wanted.language) if searched != query else ""
         return self._page(self._searching(searched, user, wanted), wanted, query, said)
 
     def recommend(self, user: str | None = None, k: int = 10, **options: Any) -> Page:
@@ -432,9 +437,9 @@ class Engine:
 
     # what is learned while the shop is open
 
-    def observe(self, events: pd.DataFrame | Sequence[Mapping]) -> int:
+    def observe(self, events: pd.DataFrame | Sequence[Mapping], stored: bool = False) -> int:
         """Learn of events as they come; the next page knows them. See `Memory.observe`."""
-        return self.memory.observe(events)
+        return self.memory.observe(events, stored)
 
     def forget(self, user: str) -> bool:
         """Drop what is remembered of a shopper; says whether there was anything."""
@@ -646,25 +651,27 @@ class Engine:
     def _page(self, asked: _Asked, wanted: Options, query: str = "", note: str = "") -> Page:
         catalogue, ranker = asked.catalogue, self.ranker_of(asked.surface)
         allowed = catalogue.allowed(wanted.filters)
-        rows = self._coming_in(asked, allowed, wanted.offset + wanted.k)
+        rows = self._coming_in(asked, allowed, wanted.k)
         x = self._features(ranker.names, asked, rows)
         parts = contributions(ranker, x)
         scores = parts.to_numpy().sum(axis=1)
         places, propensity, n, total = _arranged(asked.catalogue, self.dense, rows, scores, wanted)
         shown = rows[places]
         if not len(shown):
-            note = "No product passes the filters." if not allowed.any() else "No product holds these words." if asked.surface == "search" and not wanted.offset else "No more products."
+            why_none = "filtered" if not allowed.any() else "unmatched" if asked.surface == "search" and not wanted.offset else "no more"
+            note = sentence(f"note: {why_none}", {}, wanted.language)
         items = {"rank": np.arange(wanted.offset + 1, wanted.offset + 1 + len(shown))} | catalogue.page(shown) | {"score": scores[places], "propensity": propensity, "variants": n}
         table = pd.DataFrame({name: items[name] for name in [*_TABLE, *(name for name in items if name not in _TABLE)]})
-        facets = {name: catalogue.column(name, "facets").counts(self._counted(asked, rows, name, wanted.filters)) for name in wanted.facets}
+        facets = {name: self._counted(asked, rows, name, wanted) for name in wanted.facets}
         why = reasons(parts.iloc[places], _facts(self, asked, shown, ranker.names, x[places]), wanted.language) if wanted.explain else []
-        return Page(query, table, note, total, facets, why)
+        return Page(query, table, note, total, facets, why, asked.surface)
 
-    def _counted(self, asked: _Asked, rows: np.ndarray, name: str, filters: Mapping[str, Any] | None) -> np.ndarray:
-        """The candidates that a facet counts: without its own filter, so that the other values can be added."""
-        if name not in (filters or {}):
-            return rows
-        return self._coming_in(asked, asked.catalogue.allowed({other: value for other, value in filters.items() if other != name}))
+    def _counted(self, asked: _Asked, rows: np.ndarray, name: str, wanted: Options) -> list[tuple[Any, int]]:
+        """A facet over the candidates: without its own filter, so that the other values can be added; variants count once where they are folded."""
+        catalogue, filters = asked.catalogue, wanted.filters or {}
+        if name in filters:
+            rows = self._coming_in(asked, catalogue.allowed({other: value for other, value in filters.items() if other != name}), wanted.k)
+        return catalogue.column(name, "facets").counts(rows, catalogue.parent[rows] if wanted.fold else None)
 
     # saved and loaded
 
@@ -698,7 +705,8 @@ def _settled(engine: Engine) -> Engine:
         follows = follows.copy()
         follows.resize((len(engine.catalogue),) * 2)
         follows = follows[rows][:, rows]
-    return Engine(products, lexical_voices(products, engine.recipe.lexical), dense, engine.encoder, engine.recipe, engine.encoder_name, engine.fields, memory, follows, engine.rankers, engine.voice, engine.query_encoder)
+    voice = engine.voice and ShopperVoice(engine.voice.model, engine.voice.item_ids, engine.voice.profile, engine.voice.queries)  # the one in service keeps its rows
+    return Engine(products, lexical_voices(products, engine.recipe.lexical), dense, engine.encoder, engine.recipe, engine.encoder_name, engine.fields, memory, follows, engine.rankers, voice, engine.query_encoder)
 
 
 def write_engine(engine: Engine, folder: Path) -> None:
@@ -720,7 +728,7 @@ def write_engine(engine: Engine, folder: Path) -> None:
         save_memory(engine.memory, folder / "memory")
     if engine.voice is not None:
         (folder / "voice").mkdir()
-        engine.voice.save(folder / "voice")
+        engine.voice.save(folder / "voice", told=set(engine.memory.whole_log()["query"].dropna()))  # none that only a forgotten shopper typed
     if engine.follows is not None:
         save_file({"data": engine.follows.data, "indices": engine.follows.indices, "indptr": engine.follows.indptr}, folder / "follows.safetensors")
     config = {"kind": "Engine", "encoder": engine.encoder_name, "fields": list(engine.fields), "recipe": asdict(engine.recipe),

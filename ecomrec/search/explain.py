@@ -59,19 +59,25 @@ _SENTENCES = {
     "attributes": ("matches {words}", "含有{words}"),
     "text": ("close in meaning to “{query}”", "意思接近“{query}”"),
     "co_occurrence": ("often chosen after {after}", "选择{after}的人常选"),
-    "shopper": ("goes with {after}, which you chose", "与您选过的{after}相配"),
+    "shopper": ("fits what you chose before", "符合您以往的选择"),
     "similar": ("like {anchor}", "与{anchor}相似"),
     "brand_taste": ("you chose {brand} {n_brand}", "您选过{n_brand}{brand}"),
     "category_taste": ("you chose {category} {n_category}", "您选过{n_category}{category}"),
     "seen": ("you looked at it {n_seen}", "您看过{n_seen}"),
     "bought_before": ("you bought it {n_bought}", "您买过{n_bought}"),
-    "cheaper": ("{percent} % below your usual price", "比您通常的价位低{percent}%"),
-    "dearer": ("{percent} % above your usual price", "比您通常的价位高{percent}%"),
+    "cheaper": ("{below} % below your usual price", "比您通常的价位低{below}%"),
+    "dearer": ("{above} % above your usual price", "比您通常的价位高{above}%"),
     "popularity": ("much wanted these days", "近来热门"),
     "rating": ("rated {rating} of 5 by {n_ratings}", "{n_ratings}人评分{rating}"),
-    "query_share": ("others chose it for “{query}”", "搜索“{query}”的人选过"),
+    "query_share": ("others chose it for “{asked}”", "搜索“{asked}”的人选过"),
     "new": ("new in the shop", "新品"),
+    "note: corrected": ("showing results for \"{searched}\" instead of \"{query}\"", "已显示“{searched}”的结果，而非“{query}”"),
+    "note: no query": ("No query: the best first.", "没有搜索词：推荐在前。"),
+    "note: filtered": ("No product passes the filters.", "没有符合筛选条件的商品。"),
+    "note: unmatched": ("No product holds these words.", "没有含这些词的商品。"),
+    "note: no more": ("No more products.", "没有更多商品了。"),
 }
+_NEEDS = {"popularity": "wanted", "new": "is_new", "shopper": "chosen"}  # a fact that must hold though the sentence does not name it
 LANGUAGES = ("en", "zh")
 
 
@@ -81,10 +87,10 @@ def times(n: int, language: str = "en") -> str:
 
 
 def sentence(part: str, facts: Mapping[str, Any], language: str = "en") -> str:
-    """What a part of a score says to a shopper.
+    """What a part of a score, or a note of a page, says to a shopper.
 
     Args:
-        part: Name of the feature.
+        part: Name of the feature or note.
         facts: What is known, by the names in the sentences; a sentence with a fact that is missing or empty is not said.
         language: One of `LANGUAGES`.
     Raises:
@@ -93,6 +99,8 @@ def sentence(part: str, facts: Mapping[str, Any], language: str = "en") -> str:
     if language not in LANGUAGES:
         raise ValueError(f"language: {language!r} is not spoken here; choose from {', '.join(LANGUAGES)}")
     known = {name: times(fact, language) if name.startswith("n_") and name != "n_ratings" else fact for name, fact in facts.items() if fact}
+    if part in _NEEDS and _NEEDS[part] not in known:
+        return ""
     try:
         return _SENTENCES[part][LANGUAGES.index(language)].format_map(known) if part in _SENTENCES else ""
     except KeyError:

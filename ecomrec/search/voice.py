@@ -7,7 +7,7 @@ __all__ = ['exposure_of', 'learn_voice', 'ShopperVoice']
 
 # %% ../../nbs/search/08_voice.ipynb #eca618c1
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from ..data.artefacts import write_json
 from ..data.features import DAY
-from ..data.requests import asked_between, from_pages, lessons_of, profile_columns, request_context, user_profiles
-from ..data.sequences import Questions, Sequences, Split
+from ..data.requests import asked_between, context_of, from_pages, lessons_of, profile_columns, user_profiles
+from ..data.sequences import Split
 from ..data.tables import SURFACES
-from ..model.shopper import Shopper, config_of, train_shopper
+from ..model.shopper import Shopper, config_of, gap_code, train_shopper
 from ..model.training import Schedule
 
 # %% ../../nbs/search/08_voice.ipynb #f760f865
@@ -89,7 +89,9 @@ class ShopperVoice:
     """
 
     def __init__(self, model: Shopper, item_ids: np.ndarray, profile: Sequence[str], queries: Mapping[str, np.ndarray]):
-        self.model, self.item_ids, self.profile, self.queries = model.cpu().eval(), item_ids, list(profile), dict(queries)
+        self.model, self.item_ids, self.profile, self.queries, self.profiles = model.cpu().eval(), item_ids, list(profile), dict(queries), {}
+        sizes = {"kind": model.config.n_kinds, "gap": model.config.times, "query": model.config.query, "context": model.config.context, "profile": model.config.profile}
+        self.unread = {name for name, size in sizes.items() if not size}
 
     @torch.inference_mode()
     def attach(self, item_ids: pd.Series, vectors: np.ndarray) -> None:
@@ -110,7 +112,7 @@ class ShopperVoice:
             columns.append(shares)
         if model.gain is not None:
             columns.append(text)
-        self.items, self.offered, self.known = items, torch.cat(columns, dim=1), np.asarray(item_ids, object)
+        self.side = items, torch.cat(columns, dim=1)  # at once: others may be asking
 
     @torch.inference_mode()
     def __call__(
@@ -129,36 +131,55 @@ class ShopperVoice:
             person: Row of the users table, None where nothing is known.
             vector_of: Vector of a query that is not among `queries`; without it such a query is read as if it had no words.
         """
-        config = self.model.config
-        history = history[-config.length :]
-        codes, query = np.unique(history["query"][history["query"] >= 0], return_inverse=True)
-        told = [self.queries.get(texts[code]) if texts[code] in self.queries or vector_of is None else vector_of(texts[code]) for code in codes]
-        table = np.stack([np.zeros(config.query, np.float32) if one is None else one for one in told] + [np.zeros(config.query, np.float32) if vector is None else vector]).astype(np.float32)
-        place = np.full(len(history), -1)
-        place[history["query"] >= 0] = query
-        moments = pd.DataFrame({
-            "ts": np.append(history["ts"], ts), "surface": [*(SURFACES[code] if code >= 0 else None for code in history["surface"]), surface],
-            "device": [*np.where(history["phone"], "phone", ""), device],
-        })
-        context = request_context(moments)
-        context[:-1][history["item"] >= 0] = 0
-        profile = user_profiles(person, self.profile) if person is not None else np.zeros((1, config.profile), np.float32)
-        past = Sequences(
-            history["item"].astype(np.int64), np.array([0, len(history)]), np.array(["somebody"], object), self.known, ts=history["ts"].astype(np.int64),
-            kind=history["kind"].astype(np.int64), query=place, query_vectors=table, context=context[:-1], profile=profile,
-        )
-        nothing = np.zeros(0, np.int64)
-        asked = Questions(past, nothing, nothing, np.array([ts]), np.array([-1 if vector is None else len(table) - 1]), context[-1:])
-        z, extra = self.model.vectors(asked, self.items)
-        scores = z @ self.offered.T
+        batch = self._tokens(history, texts, ts, SURFACES.index(surface), vector, device, person, vector_of)
+        items, offered = self.side
+        x = self.model.encode(batch, items)
+        z, extra = self.model.asking(batch, x, items, batch["place"] == 0)
+        scores = z @ offered.T
         scores = scores if extra is None else scores.scatter_add_(1, extra[1], extra[0])
         return (scores.log_softmax(dim=1)[0] + np.log(scores.shape[1])).numpy()
 
-    def save(self, folder: Path) -> None:
-        """Write it into a folder that is there, as `load` reads it."""
+    def _tokens(self, history: np.ndarray, texts: Sequence[str], ts: int, surface: int, vector: np.ndarray | None, device: str | None, person: pd.DataFrame | None, vector_of: Callable | None) -> dict[str, torch.Tensor]:
+        """One history and its request as the model reads them: what `tokens_of` and `Rows` make of many, without their tables."""
+        config = self.model.config
+        history = history[-config.length :]
+        n, acts = len(history), history["item"] >= 0
+        then = np.append(history["ts"][1:], ts)
+        ahead = np.where(acts, then, history["ts"])  # a request does not know how soon it led to something
+        first = history["ts"][:1] if n else np.array([ts])
+        nothing = np.array([-1])
+        of = {
+            "item": (nothing, history["item"], nothing), "kind": (nothing, history["kind"], nothing), "moment": (first, ahead, np.array([ts])),
+            "gap": (nothing, np.where(acts, gap_code(then - history["ts"]), -1), nothing),
+        }
+        tokens = {name: np.concatenate(parts).astype(np.int64) for name, parts in of.items()}
+        tokens |= {"segment": np.zeros(n + 2, np.int64), "place": np.arange(n + 2)[::-1]}
+        query, context = np.zeros((n + 2, config.query), np.float32), np.zeros((n + 2, config.context), np.float32)
+        for place in np.flatnonzero(history["query"] >= 0):
+            text = texts[history["query"][place]]
+            told = self.queries.get(text) if text in self.queries or vector_of is None else vector_of(text)
+            query[place + 1] = 0 if told is None else told
+        query[-1] = 0 if vector is None else vector
+        asks = np.append(~acts, True)
+        context[1:][asks] = context_of(np.append(history["ts"], ts), np.append(history["surface"], surface), np.append(history["phone"], device == "phone"))[asks]
+        profile = np.broadcast_to(np.zeros(config.profile, np.float32) if person is None else self._profile(person), (n + 2, config.profile))
+        tokens |= {"query": query, "context": context, "profile": profile}
+        begins = 0 if config.start or config.profile else 1
+        return {name: torch.from_numpy(np.ascontiguousarray(values[begins:][-config.length :]))[None] for name, values in tokens.items() if name not in self.unread}
+
+    def _profile(self, person: pd.DataFrame) -> np.ndarray:
+        """Features of somebody who told of herself."""
+        told = tuple(None if pd.isna(value) else value for value in person[["age", "gender", "region"]].iloc[0])
+        if told not in self.profiles:
+            self.profiles[told] = user_profiles(person, self.profile)[0]
+        return self.profiles[told]
+
+    def save(self, folder: Path, told: Container[str] | None = None) -> None:
+        """Write it into a folder that is there, as `load` reads it; of the queries only those that are `told`, all if left out."""
+        queries = {text: vector for text, vector in self.queries.items() if told is None or text in told}
         self.model.save_pretrained(folder / "model")
-        save_file({"queries": np.stack(list(self.queries.values())) if self.queries else np.zeros((0, self.model.config.query), np.float32)}, folder / "queries.safetensors")
-        write_json(folder / "voice.json", {"item_ids": self.item_ids.tolist(), "profile": self.profile, "queries": list(self.queries)})
+        save_file({"queries": np.stack(list(queries.values())) if queries else np.zeros((0, self.model.config.query), np.float32)}, folder / "queries.safetensors")
+        write_json(folder / "voice.json", {"item_ids": self.item_ids.tolist(), "profile": self.profile, "queries": list(queries)})
 
     @classmethod
     def load(cls, folder: Path) -> "ShopperVoice":
