@@ -243,14 +243,16 @@ def serve_run(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask for no key; only where nobody else can reach the address.")] = False,
-    store: Annotated[str | None, typer.Option(envvar="ECOMREC_STORE", help="Where events are kept: a file for SQLite, or postgresql://...")] = None,
-    state: Annotated[Path | None, typer.Option(help="Folder for keys; ./runs/served/NAME if left out.")] = None,
+    store: Annotated[str | None, typer.Option(envvar="ECOMREC_STORE", help="Where events are kept: a file for SQLite, or postgresql://...; in the folder of --state if left out.")] = None,
+    keyring: Annotated[Path | None, typer.Option(envvar="ECOMREC_KEYRING", help="Folder for what names and opens shoppers' data, best on another disk; ./runs/keyrings/NAME if left out.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder for the keys of callers; ./runs/served/NAME if left out.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the products' pictures: `images/x.jpg` of a product is x.jpg there.")] = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests a second for each key.")] = 200.0,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every page and every query's vector anew.")] = False,
 ) -> None:
     """Serve a run's engine: a web page for people, an HTTP interface for programs, and every event kept.
 
-    The first start makes a key and prints it, this once. The first line of the output is the address. SIGHUP, or POST
+    The first line of the output is the address; the first start makes a key and prints it below, this once. SIGHUP, or POST
     /reload, loads the engine anew: of an experiment that was run again meanwhile the new one.
 
     \b
@@ -266,11 +268,22 @@ def serve_run(
     from ecomrec.search.engine import Engine
     from ecomrec.serve.service import serve
 
-    place = state or lab.runs_folder() / "served" / folder.parent.name.rpartition("-")[0]
-    place.mkdir(parents=True, exist_ok=True)
+    name = folder.parent.name.rpartition("-")[0] or folder.parent.name
+    place = state or lab.runs_folder() / "served" / name
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
     vectors = {"cache": 0} if no_cache else {}
-    with closing(Store(store or place / "events.sqlite", place / "keys")) as events:
-        serve(lambda: Engine.load(_engine_folder(run), **vectors), events, place, host, port, auth=not no_auth, rate=rate, cache=0 if no_cache else 1024)
+    with closing(Store(store or place / "events.sqlite", keyring or lab.runs_folder() / "keyrings" / name)) as events:
+
+        def load() -> Engine:
+            found = _engine_folder(run)
+            engine = Engine.load(found, **vectors)
+            if engine.users:  # whoever is erased later is told that these still know her
+                events.derived("model", found, until=engine.until)
+                if (found.parent / "run.json").exists():
+                    events.derived("run", found.parent / "run.json", until=engine.until)
+            return engine
+
+        serve(load, events, place, host, port, auth=not no_auth, rate=rate, cache=0 if no_cache else 1024, images=images)
 
 # %% ../nbs/02_cli.ipynb #0000002e
 @data_app.command("list")

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -324,7 +325,12 @@ class RunRecorder:
     def engine(self, engine: object) -> None:
         """Keep a search engine (anything with `save(folder)`), to be asked by `ecomrec search` and `ecomrec serve`; one that can be quickened is."""
         if hasattr(engine, "quicken"):
-            engine.quicken()
+            from ecomrec.search.query_encoder import EncoderError
+
+            try:
+                engine.quicken()
+            except EncoderError as error:
+                warnings.warn(f"the engine is kept with its exact encoder, which is slower: {error}", stacklevel=2)
         engine.save(self.folder / "engine")
 
     @property

@@ -151,8 +151,8 @@ def test_an_exception_leaves_its_type_and_places_and_none_of_its_words():
         fail()
     except ValueError as error:
         say("failed", error, endpoint="/search")
-    logging.getLogger("uvicorn.error").warning("request of %s", "Jane")
+    logging.getLogger("asyncio").warning("task of Jane")
     first, second = map(json.loads, heard.getvalue().splitlines())
     assert "Jane" not in heard.getvalue()
     assert first["type"] == "ValueError" and any("fail" in place for place in first["places"]) and first["level"] == "error"
-    assert second["event"] == "request of %s" and second["level"] == "warning"
+    assert second["event"] == "message of asyncio" and second["level"] == "warning"

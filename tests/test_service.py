@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 from urllib.request import Request, urlopen
@@ -141,6 +142,15 @@ def test_exploring_pages_are_drawn_anew_and_their_propensities_logged(shop):
     assert shown["propensity"].between(0, 1, inclusive="right").all() and (shown["propensity"] < 1).any()
 
 
+def test_pictures_are_there_for_everybody_and_nothing_else_of_the_disk(open_shop, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.svg").write_text("<svg/>")
+    (tmp_path / "secret").write_text("secret")
+    client = TestClient(create_app(open_shop.service, Keys({}), images=tmp_path / "pictures"), base_url="http://127.0.0.1")
+    assert client.get("/images/a.svg").text == "<svg/>" and client.get("/images/a.svg").headers["content-security-policy"].startswith("default-src 'none'")
+    assert {client.get(f"/images/{path}").status_code for path in ("b.svg", "../secret", "%2e%2e/secret", "..%2fsecret", "")} <= {401, 404}
+
+
 def test_suggestions_begin_as_typed(open_shop):
     found = open_shop.post("/suggest", {"prefix": "sho", "k": 3}).json()["suggestions"]
     assert 0 < len(found) <= 3 and all("sho" in text.casefold() for text in found)
@@ -194,6 +204,17 @@ def test_a_fault_of_a_ubi_document_is_named(open_shop, change, field):
     assert answer.status_code == 422 and answer.json()["field"] == field and answer.json()["error"], answer.json()
 
 
+def test_a_search_for_nothing_is_logged_as_the_front_page_that_it_is(shop):
+    for query in ("", "  ", "!?"):
+        assert shop.post("/search", {"query": query, "k": 2}).json()["note"]
+    assert set(shop.kept()["surface"]) == {"home"} and set(shop.kept()["kind"]) == {"impression"}
+
+
+def test_notes_and_reasons_are_in_the_language_that_was_asked_for(open_shop):
+    said = open_shop.post("/search", {"query": "runing shoes", "language": "zh", "explain": True, "k": 3}).json()
+    assert "已显示" in said["note"] and any("含有" in why["text"] for item in said["items"] for why in item["reasons"])
+
+
 def test_one_bad_event_keeps_all_of_a_batch_out(shop):
     answer = shop.post("/events", [shop.click(number=1), shop.click(number=2, item_id=None)])
     assert answer.status_code == 422 and answer.json()["field"] == "1.item_id"
@@ -228,10 +249,14 @@ def test_without_a_key_only_the_page_and_its_health_are_open(open_shop):
 
 
 def test_another_key_neither_reads_nor_erases_a_user_of_the_same_name(shop):
-    shop.post("/events", [shop.click("anna", 1, session_id="s")])
-    assert shop.post("/events", [shop.click("anna", 1, session_id="s")], key=shop.other).json() == {"kept": 1, "known": 0}  # nor takes her event's id
+    shop.post("/events", [shop.click("anna", 1, session_id="s", request_id="r")])
+    assert shop.post("/events", [shop.click("anna", 1, session_id="s", request_id="r")], key=shop.other).json() == {"kept": 1, "known": 0}  # nor takes her event's id
     log = shop.kept()
-    assert log["user_id"].nunique() == 2 and log["session_id"].nunique() == 2
+    assert log["user_id"].nunique() == log["session_id"].nunique() == log["request_id"].nunique() == 2
+    page = shop.post("/search", {"query": "shoes", "k": 1}, key=shop.other).json()
+    shop.post("/events", [shop.click("anna", 2, request_id=page["request_id"])], key=shop.other)
+    assert shop.kept()["request_id"].str.endswith(page["request_id"]).sum() == 3 and shop.kept()["request_id"].nunique() == 3  # search, impression, click: one page
+    assert shop.client.get("/users", headers=shop.head(shop.other)).json() == {"users": []}
     for key in (None, shop.other):
         shop.post("/recommend", {"user_id": "anna"}, key=key)
     assert shop.client.delete("/users/anna", headers=shop.head(shop.other)).json()["rows"] > 1
@@ -265,8 +290,13 @@ def test_a_page_elsewhere_cannot_ask_under_its_own_name(open_shop):
     app = create_app(open_shop.service, None, hosts=["127.0.0.1", "localhost"])
     assert TestClient(app, base_url="http://127.0.0.1").get("/users").status_code == 200
     assert TestClient(app, base_url="http://shop.evil.example").get("/users").status_code == 400
-    answer = TestClient(app, base_url="http://127.0.0.1").post("/search", content=b'{"query": "a"}', headers={"Content-Type": "text/plain", "Origin": "http://evil.example"})
-    assert answer.status_code == 422 and "access-control-allow-origin" not in answer.headers
+    client = TestClient(app, base_url="http://127.0.0.1")
+    assert client.post("/search", content=b'{"query": "a"}', headers={"Content-Type": "text/plain"}).status_code == 422
+    for head in ({"Origin": "http://evil.example"}, {"Origin": "http://127.0.0.1:8080"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        for ask in (partial(client.post, "/search", json={"query": "a"}), partial(client.post, "/reload"), partial(client.delete, "/users/anna")):
+            answer = ask(headers=head)
+            assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    assert client.post("/search", json={"query": "a"}, headers={"Origin": "http://127.0.0.1", "Sec-Fetch-Site": "same-origin"}).status_code == 200
 
 
 def test_erasure_takes_everything_and_is_remembered(saved, tmp_path):
@@ -288,6 +318,74 @@ def test_erasure_takes_everything_and_is_remembered(saved, tmp_path):
         assert shop.post("/reload").status_code == 200  # the saved model knows her still
     assert known not in (tmp_path / "erased.json").read_text()
     shop.close()
+
+
+def test_erased_while_a_model_loads_is_erased_and_whoever_comes_back_is_somebody_new(saved, tmp_path):
+    opening, go_on, opened = threading.Event(), threading.Event(), []
+
+    def load() -> Engine:
+        engine = Engine.load(saved)
+        opened.append(engine)
+        if len(opened) > 1:
+            opening.set()
+            go_on.wait(30)
+        return engine
+
+    shop = Shop(saved, tmp_path, load=load)
+    known = shop.client.get("/users").json()["users"][0]
+    shop.post("/events", [shop.click(known, 1)])
+    reloading = threading.Thread(target=lambda: shop.post("/reload"))
+    reloading.start()
+    assert opening.wait(30)
+    assert shop.client.delete(f"/users/{known}").json()["forgotten"]
+    go_on.set()
+    reloading.join()
+    assert shop.service.engine is opened[1] and shop.store.pseudonym(known) not in opened[1].users
+    shop.post("/events", [shop.click(known, 2)])
+    told = shop.service.engine.memory.histories(shop.store.pseudonym(known), time.time_ns())
+    assert len(told) == 1 and len(shop.kept().query("user_id.notna()")) == 1
+    shop.close()
+
+
+def test_a_model_of_the_stores_own_log_knows_and_forgets_the_same_shoppers(saved, tmp_path):
+    first = Shop(saved, tmp_path)
+    first.post("/events", [first.click("anna", number, kind="purchase") for number in range(3)] + [first.click("bob", 9)])
+    log = pd.read_parquet(first.store.export(tmp_path / "log.parquet"))
+    first.close()
+    own = tmp_path / "own"
+    Engine.from_products(Engine.load(saved).products, recipe=Recipe(candidates=WORDS, order=WORDS), events=log).save(own)
+    shop = Shop(own, tmp_path)
+    anna, forever = shop.store.pseudonym("anna"), time.time_ns()
+    assert set(shop.service.engine.users) == {anna, shop.store.pseudonym("bob")} and len(shop.service.engine.memory.histories(anna, forever)) == 3  # each once
+    assert not shop.client.get("/users").json()["users"]  # nobody's name is known
+    shop.store.derived("model", own, until=shop.service.engine.until)
+    done = shop.client.delete("/users/anna").json()
+    assert done["forgotten"] and str(own) in done["derived"] and shop.service.engine.users == [shop.store.pseudonym("bob")]
+    shop.close()
+
+
+def test_whoever_is_known_to_the_model_alone_is_told_of_it(saved, tmp_path):
+    shop = Shop(saved, tmp_path)
+    shop.store.derived("model", saved, until=shop.service.engine.until)
+    known = shop.client.get("/users").json()["users"][0]
+    assert shop.client.delete(f"/users/{known}").json() == {"rows": 0, "key_destroyed": False, "forgotten": True, "derived": [str(saved)]}
+    shop.store.derived("model", saved, until=shop.service.engine.until)  # opened again, it is the same model
+    assert [made.forgotten for made in shop.store.artefacts()] == [1]
+    shop.close()
+
+
+def test_counters_are_made_anew_after_midnight(shop, monkeypatch):
+    shop.post("/events", [shop.click(f"u{number}", number, kind="purchase") for number in range(9)])
+    told = shop.post("/recommend", {"k": 30}).json()["items"]
+    shop.service.read_counters()
+    row, memory = int(shop.service.engine.catalogue.rows.get_loc(shop.item)), shop.service.engine.memory
+    before = memory.counters["popularity"][row]
+    tomorrow = time.time_ns() // 1_000_000 + 86_400_000
+    monkeypatch.setattr("ecomrec.serve.service._this_moment", lambda: tomorrow)
+    shop.kept()
+    shop.service.read_counters()
+    assert memory.counters["popularity"][row] > before and not memory.later
+    assert shop.post("/recommend", {"k": 30}).json()["items"][0]["item_id"] == shop.item != told[0]["item_id"]
 
 
 def test_names_with_slashes_and_letters_of_any_kind_can_be_erased(shop):
@@ -417,10 +515,10 @@ class Broken(Store):
             return failed
         return super().submit(events)
 
-    def erase(self, user_id):
+    def erase(self, user_id, known=None):
         if self.error:
             raise self.error
-        return super().erase(user_id)
+        return super().erase(user_id, known)
 
 
 @pytest.mark.parametrize("error", [StoreGone("gone"), StoreFull("full")])
@@ -568,8 +666,12 @@ def test_a_cached_page_is_a_page_of_its_own_and_forgotten_when_something_happens
     assert shop.post("/search", {"query": "shoes", "user_id": "bob", "k": 3}).json()["items"] == pages[0]["items"][:3]
     anonymous = [shop.post("/search", {"query": "hat"}).json() for _ in range(2)]
     assert shop.service.meters.registry.get_sample_value("ecomrec_pages_from_cache_total") >= 1
-    shop.post("/events", [shop.click()])
-    assert not shop.service.cache and anonymous[0]["items"] == anonymous[1]["items"]
+    assert anonymous[0]["items"] == anonymous[1]["items"]
+    fresh = lambda: [shop.post("/search", {"query": "hat", "user_id": "bob"}) and shop.service.meters.registry.get_sample_value("ecomrec_pages_from_cache_total") for _ in range(2)]
+    first = fresh()
+    shop.post("/events", [shop.click("bob")])
+    after = fresh()
+    assert first[1] == first[0] + 1 and after[0] == first[1]
 
 
 def test_the_cache_has_a_bound_and_can_be_left_out(saved, tmp_path):
@@ -647,10 +749,10 @@ def process(saved, tmp_path):
     run.mkdir(parents=True)
     (run / "metrics.json").write_text("{}")
     (run / "engine").symlink_to(saved)
-    command = [sys.executable, "-c", "import sys; from ecomrec.cli import main; sys.exit(main())", "serve", str(run), "--port", "0", "--state", str(tmp_path / "state")]
+    command = [sys.executable, "-c", "import sys; from ecomrec.cli import main; sys.exit(main())", "serve", str(run), "--port", "0", "--state", str(tmp_path / "state"), "--keyring", str(tmp_path / "keyring")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        address, first = running.stdout.readline().strip(), running.stderr.readline()
-        yield running, address, first.strip().rpartition(" ")[2], tmp_path / "state"
+        address, first = running.stdout.readline().strip(), running.stdout.readline()
+        yield running, address, first.split()[-1], tmp_path / "state"
         if running.poll() is None:
             running.kill()
 
@@ -673,8 +775,10 @@ def test_the_command_serves_keeps_reloads_at_a_signal_and_ends_cleanly(process):
     rest = running.stderr.read()
     assert running.wait(60) == 0 and "Traceback" not in rest and key not in rest
     assert key not in (state / "api_keys.json").read_text() and keys_of(state / "api_keys.json")[1] is None
-    with Store(state / "events.sqlite", state / "keys") as store:
+    with Store(state / "events.sqlite", state.parent / "keyring") as store:
         assert sorted(store.events()["kind"]) == ["click", "impression", "search"]  # what waited was written at the end
+        assert [made.kind for made in store.artefacts()] == ["model"]  # it knows shoppers: whoever is erased is told so
+    assert state.stat().st_mode & 0o077 == 0
 
 
 def test_a_request_that_takes_too_long_is_given_up(open_shop):

@@ -131,10 +131,10 @@ class Histories:
 
 # %% ../../nbs/data/16_memory.ipynb #e3a9846d
 LATE = DAY  # so much later than it happened an event may come and still be known by its name
-_LAST = 50_000  # ids of events and requests that are known by their names
+_LAST = 20_000  # ids of events and requests that are known by their names
 
 
-def _ids(events: pd.DataFrame) -> dict[str, None]:
+def _last_ids(events: pd.DataFrame) -> dict[str, None]:
     """Ids of the last events and requests, oldest first."""
     last = events.sort_values("ts", kind="stable").tail(_LAST // 2)
     return dict.fromkeys(pd.concat([last["request_id"].dropna(), last["event_id"]]))
@@ -157,7 +157,7 @@ class Memory:
         names, rows = self._coded(self.log)
         self.histories = Histories(names, rows)
         self.until = int(self.log["ts"].max()) if len(self.log) else 0
-        self.seen = _ids(self.log[self.log["ts"] > self.until - LATE])
+        self.seen = _last_ids(self.log[self.log["ts"] > self.until - LATE])
         self.refresh(self.until + DAY)
 
     def catalogue(self, products: pd.DataFrame) -> None:
@@ -337,7 +337,7 @@ def load_memory(folder: Path, products: pd.DataFrame) -> Memory:
     memory.log, memory.users = folder / "log.parquet", pd.read_parquet(folder / "users.parquet").set_index("user_id")
     memory.queries, memory.texts, memory.until = {text: code for code, text in enumerate(about["queries"])}, about["queries"], about["until"]
     memory.later, memory.gone, memory.called = [], set(), str
-    memory.seen = _ids(pd.read_parquet(memory.log, columns=["event_id", "request_id", "ts"], filters=[("ts", ">", memory.until - LATE)]))
+    memory.seen = _last_ids(pd.read_parquet(memory.log, columns=["event_id", "request_id", "ts"], filters=[("ts", ">", memory.until - LATE)]))
     memory.catalogue(products)
     told = pd.read_parquet(folder / "histories.parquet")
     rows = np.empty(len(told), EVENT)

@@ -550,7 +550,7 @@ def _must_be_pseudonym(user_id: str) -> str:
     return user_id
 
 
-def _erased(connection: sa.Connection, keyring: Keyring, user_id: str) -> tuple[int, bool, list[Derived]]:
+def _erased(connection: sa.Connection, keyring: Keyring, user_id: str, known: tuple[int, int] | None) -> tuple[int, bool, list[Derived]]:
     """Destroy a user's keys, remove the rows, and list what derived from them."""
     hers = _EVENTS.c.user_id == user_id
     sessions = sa.select(_EVENTS.c.session_id).where(hers).distinct()
@@ -558,6 +558,8 @@ def _erased(connection: sa.Connection, keyring: Keyring, user_id: str) -> tuple[
     names = [keyring.pseudonym(session, "session") for session in connection.scalars(sessions)]
     destroyed = keyring.destroy(user_id, *names) > 0
     first, last = connection.execute(sa.select(sa.func.min(_EVENTS.c.ts), sa.func.max(_EVENTS.c.ts)).where(sa.or_(hers, nobodys))).one()
+    if known:
+        first, last = min(known[0], _FOREVER if first is None else first), max(known[1], last or 0)
     told = connection.execute(sa.select(_USERS.c.joined_ts).where(_USERS.c.user_id == user_id)).one_or_none()
     if told:  # what she told of herself may be in anything that was made since she joined
         first, last = min(told.joined_ts or 0, _FOREVER if first is None else first), _FOREVER
@@ -696,21 +698,25 @@ class Store:
         self._change(lambda connection: _end_deriving(connection, path, before, made_ts, moments))
 
     def derived(self, kind: str, path: str | Path, since: int = 0, until: int = _FOREVER) -> None:
-        """Remember something that was made from the log.
+        """Remember something that was made from the log, once: what is the same as before still knows whom it knew.
 
         Args:
             kind, path, since, until: As for `deriving`.
         """
-        with self.deriving(kind, path, since, until):
-            pass
+        path = Path(path).absolute()
+        if (str(path), _checksum(path) or "") not in {(one.path, one.sha256) for one in self.artefacts()}:
+            with self.deriving(kind, path, since, until):
+                pass
 
-    def erase(self, user_id: str) -> Erasure:
+    def erase(self, user_id: str, known: tuple[int, int] | None = None) -> Erasure:
         """Forget a user: destroy the key, remove events and what was told, list what derived from them.
 
         Events that nobody sent in the user's sessions go too. What is sent afterwards is stored anew, under a new key.
 
         Args:
             user_id: The pseudonym.
+            known: Moments of the first and the last that is known of the user elsewhere, such as by a model of an older log,
+                milliseconds.
         Raises:
             StoreGone: If the database did not answer in time; do it again.
         """
@@ -718,7 +724,7 @@ class Store:
         done = []
 
         def change(connection: sa.Connection) -> tuple:
-            found = _erased(connection, self.keyring, user_id)
+            found = _erased(connection, self.keyring, user_id, known)
             if found[0] or not done:  # if only the answer of the commit was lost, the second time finds nothing
                 done[:] = [(found[0], found[1] or any(before[1] for before in done), found[2])]
             return done[0]
@@ -735,23 +741,35 @@ class Store:
 
     # Reading
 
-    def _pieces(self, since: int = 0, user_id: str | None = None, rows: int = 50_000) -> Iterator[pd.DataFrame]:
+    def _pieces(self, since: int = 0, *which: sa.ColumnElement[bool], rows: int = 50_000) -> Iterator[pd.DataFrame]:
         """Events in order, so many at a time, as they were at one moment."""
-        wanted = sa.select(_EVENTS).where(_EVENTS.c.ts >= since).order_by(_EVENTS.c.ts, _EVENTS.c.event_id)
-        if user_id is not None:
-            wanted = wanted.where(_EVENTS.c.user_id == _must_be_pseudonym(user_id))
+        wanted = sa.select(_EVENTS).where(_EVENTS.c.ts >= since, *which).order_by(_EVENTS.c.ts, _EVENTS.c.event_id)
         with _reached(self._engine), self._engine.connect() as connection:
             for some in connection.execution_options(yield_per=rows).execute(wanted).mappings().partitions():
                 yield _frame("events", opened_rows(self.keyring, "events", some))
 
-    def events(self, since: int = 0, user_id: str | None = None) -> pd.DataFrame:
+    def events(self, since: int = 0, user_id: str | None = None, until: int = _FOREVER) -> pd.DataFrame:
         """Events by the contract, in the order of `ts` and `event_id`.
 
         Args:
             since: The first moment, milliseconds.
+            until: The moment before which they happened, milliseconds.
             user_id: Only those of this pseudonym.
         """
-        return pd.concat([empty("events"), *self._pieces(since, user_id)], ignore_index=True)
+        whose = [] if user_id is None else [_EVENTS.c.user_id == _must_be_pseudonym(user_id)]
+        return pd.concat([empty("events"), *self._pieces(since, _EVENTS.c.ts < until, *whose)], ignore_index=True)
+
+    def acts(self, since: int = 0) -> Iterator[pd.DataFrame]:
+        """What users did and asked, for whoever remembers it: all but impressions, of which one is left for each page.
+
+        Args:
+            since: The first moment, milliseconds.
+        Yields:
+            Events by the contract, in the order of `ts` and `event_id`.
+        """
+        shown = sa.and_(_EVENTS.c.kind == "impression", _EVENTS.c.ts >= since, _EVENTS.c.user_id.is_not(None))
+        one = sa.select(sa.func.min(_EVENTS.c.event_id)).where(shown).group_by(_EVENTS.c.request_id)
+        return self._pieces(since, _EVENTS.c.user_id.is_not(None), sa.or_(_EVENTS.c.kind != "impression", _EVENTS.c.event_id.in_(one)))
 
     def users(self) -> pd.DataFrame:
         """What users told, by the contract, in the order of `user_id`."""

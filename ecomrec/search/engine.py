@@ -441,6 +441,15 @@ class Engine:
         """Learn of events as they come; the next page knows them. See `Memory.observe`."""
         return self.memory.observe(events, stored)
 
+    def news(self, user: str | None) -> int:
+        """How many events of a shopper came since the engine was opened: as long as it stays the same, so do the pages of one moment."""
+        return 0 if self._memory is None else self.memory.histories.news(user)
+
+    def known_between(self, user: str) -> tuple[int, int] | None:
+        """Moments of the first and the last thing that is remembered of a shopper, milliseconds since the epoch; None where there is nothing."""
+        told = np.zeros(0, EVENT) if self._memory is None else self.memory.histories(user, np.iinfo(np.int64).max)
+        return (int(told["ts"].min()), int(told["ts"].max())) if len(told) else None
+
     def forget(self, user: str) -> bool:
         """Drop what is remembered of a shopper; says whether there was anything."""
         self.vector_of.cache_clear()

@@ -197,11 +197,11 @@ def places(error: BaseException) -> list[str]:
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: time, level, what happened, and its facts; of an exception the type and the places."""
+    """One JSON object a line: time, level, what happened, and its facts; of an exception the type and the places, of other people's messages only whose they are."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)), "level": record.levelname.lower()}
-        line |= {"event": record.msg if isinstance(record.msg, str) else type(record.msg).__name__}
+        line |= {"event": record.msg if record.name == logger.name else f"message of {record.name}"}
         line |= getattr(record, "facts", {})
         if record.exc_info and record.exc_info[1]:
             line |= {"type": type(record.exc_info[1]).__name__, "places": places(record.exc_info[1])}

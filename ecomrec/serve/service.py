@@ -29,6 +29,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import pandas as pd
 import uvicorn
@@ -43,12 +44,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstrai
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.staticfiles import StaticFiles
 
 import ecomrec
 from ..data.artefacts import write_json
+from ..data.features import DAY
 from ..data.logs import ACTIONS
+from ..data.memory import LATE
+from ..data.privacy import PSEUDONYM
 from ..data.tables import KINDS, SURFACES
-from ..feedback.store import EventError, StoreFull, StoreGone
+from ..feedback.store import EventError, StoreError, StoreFull, StoreGone
 from ..search.catalogue import SORTS, FilterError
 from ..search.engine import EngineError, Page, UnknownItem
 from ..search.explain import LANGUAGES
@@ -91,7 +96,8 @@ class ToRecommend(Asked):
     diversity: Annotated[float, Field(ge=0, le=1, description="How far apart the items should be.")] = 0.0
     explore: Annotated[float, Field(ge=0, le=1, description="How much chance decides; the price is named in the engine's notebook.")] = 0.0
     device: Annotated[Annotated[_Name, Field(max_length=32)] | None, Field(examples=["phone"])] = None
-    language: Annotated[Literal[*LANGUAGES], Field(description="Of the reasons.")] = "en"
+    seed: Annotated[int | None, Field(ge=0, le=2**32 - 1, description="Of the chance; the next page of the same draw needs the same one.")] = None
+    language: Annotated[Literal[*LANGUAGES], Field(description="Of the note and the reasons.")] = "en"
 
 
 class ToSearch(ToRecommend):
@@ -181,12 +187,10 @@ class UbiSaid(Asked):
             "event_id": f"ubi-{digest[:32]}", "kind": kind, "ts": _milliseconds(self.timestamp), "user_id": self.user_id or self.client_id,
             "session_id": self.session_id or about.get("session_id"), "request_id": self.query_id, "surface": "search",
         }
-        if kind == "search":
-            return Happened(**told, query=self.user_query or self.message).row()
         ordinal = place.get("ordinal")
-        position = ordinal + 1 if isinstance(ordinal, int) else None
+        done = {"item_id": thing.get("object_id"), "position": ordinal + 1 if isinstance(ordinal, int) else None}
         try:
-            return Happened(**told, item_id=thing.get("object_id"), position=position).row()
+            return Happened(**told, **({"query": self.user_query or self.message} if kind == "search" else done)).row()
         except ValueError as error:
             raise Refused(422, "object_id, session_id or ordinal is not what UBI says it is", "event_attributes") from error
 
@@ -499,71 +503,80 @@ class Service:
         self.writers = Workers(2, 256, "event")
         self.cache, self.most_cached, self.at_cache = OrderedDict(), cache, threading.Lock()
         self.unseen, self.observing, self.missed, self.loading = deque(), threading.Lock(), None, threading.Lock()
+        self.erasures: dict[str, float] = {}  # when, on the clock of time.monotonic: what was on its way then is not learned any more
         self.names: list[str] = []
         self.engine = self._opened()
         self.meters.loads.labels("served").inc()
         self._named()
         self.log = PageLog(self._keep_pages)
+        self.news, self.closing = threading.Event(), False
+        self.reader = threading.Thread(target=self._read_daily, name="counters", daemon=True)
+        self.reader.start()
 
     # who
     def user(self, caller: Caller, user_id: str | None) -> str | None:
         """The pseudonym of a user of a caller's tenant."""
         return None if user_id is None else self.store.pseudonym(_of_tenant(caller, user_id))
 
+    def _alias(self, name: str) -> str:
+        """The pseudonym of somebody in an engine's log; a log that came out of the store holds no other names."""
+        return name if PSEUDONYM.fullmatch(name) else self.store.pseudonym(name)
+
     # pages
     def page(self, asked: ToRecommend, caller: Caller) -> bytes:
         """Compute a page, hand what it shows to the log, and return it as JSON; runs in a thread."""
-        engine, user, request = self.engine, self.user(caller, asked.user_id), uuid.uuid4().hex
-        surface = "search" if isinstance(asked, ToSearch) else "similar" if isinstance(asked, ToCompare) else "home"
-        said = self._cached(asked, engine, user, surface) | {"request_id": request}
-        self.log.put(page_rows(said, surface, _this_moment(), user, asked.session_id and _of_tenant(caller, asked.session_id), asked.device))
-        return to_json(said, inf_nan_mode="null")
+        engine, user, request, born = self.engine, self.user(caller, asked.user_id), uuid.uuid4().hex, time.monotonic()
+        said, surface = self._cached(asked, engine, user)
+        shown = said | {"request_id": _of_tenant(caller, request)}
+        if self.erasures.get(user, 0.0) < born:
+            self.log.put(page_rows(shown, surface, _this_moment(), user, asked.session_id and _of_tenant(caller, asked.session_id), asked.device))
+        return to_json(said | {"request_id": request}, inf_nan_mode="null")
 
-    def _cached(self, asked: ToRecommend, engine: Any, user: str | None, surface: str) -> dict[str, Any]:
+    def _cached(self, asked: ToRecommend, engine: Any, user: str | None) -> tuple[dict[str, Any], str]:
         if not self.most_cached or asked.explore:
-            return self._computed(asked, engine, user, surface)
-        key = surface, user, asked.model_dump_json(exclude={"user_id", "session_id"})
+            return self._computed(asked, engine, user)
+        key = type(asked), user, engine.news(user), asked.model_dump_json(exclude={"user_id", "session_id"})
         with self.at_cache:
             of, found, until = self.cache.get(key, (None, None, 0.0))
         if of is engine and time.monotonic() < until:
             self.meters.cached.inc()
             return found
         held = self.cache
-        found = self._computed(asked, engine, user, surface)
+        found = self._computed(asked, engine, user)
         with self.at_cache:
             held[key] = engine, found, time.monotonic() + PATIENCE  # `held` may have been forgotten meanwhile: so is this page
             while len(held) > self.most_cached:
                 held.popitem(last=False)
         return found
 
-    def _computed(self, asked: ToRecommend, engine: Any, user: str | None, surface: str) -> dict[str, Any]:
-        options = asked.model_dump(include={"k", "offset", "sort", "facets", "explain", "language", "diversity", "explore", "device"})
+    def _computed(self, asked: ToRecommend, engine: Any, user: str | None) -> tuple[dict[str, Any], str]:
+        options = asked.model_dump(include={"k", "offset", "sort", "facets", "explain", "language", "diversity", "explore", "seed", "device"})
         options["filters"] = {name: (wanted.low, wanted.high) if isinstance(wanted, Range) else wanted for name, wanted in asked.filters.items()} or None
         try:
-            if surface == "search":
+            if isinstance(asked, ToSearch):
                 page = engine.search(asked.query, user=user, spelling=asked.spelling, **options)
             else:
-                page = engine.similar(asked.item_id, user=user, **options) if surface == "similar" else engine.recommend(user, **options)
+                page = engine.similar(asked.item_id, user=user, **options) if isinstance(asked, ToCompare) else engine.recommend(user, **options)
         except UnknownItem as error:
             raise Refused(404, _sentence(error).removeprefix("item_id: "), "item_id") from error
         except (FilterError, EngineError) as error:
             field, _, reason = _sentence(error).partition(": ")
             raise (Refused(422, reason, field) if field in ToSearch.model_fields else Refused(422, _sentence(error))) from error
-        except ValueError as error:
-            if not asked.explore:
-                raise
-            raise Refused(422, _sentence(error), "explore") from error  # less chance than these scores leave room for
-        return answer(page, "", engine.version)
+        return answer(page, "", engine.version), page.surface
 
     def suggest(self, asked: ToSuggest) -> dict[str, list[str]]:
         """What somebody may want to search."""
         return {"suggestions": self.engine.suggest(asked.prefix, asked.k)}
 
+    def _nothing_cached(self) -> None:
+        with self.at_cache:
+            self.cache = OrderedDict()
+
     # events
     def _keep_pages(self, rows: list[dict[str, Any]]) -> None:
         self.meters.events.labels("page").inc(self.store.append(rows))
         asked = {row["request_id"]: row for row in reversed(rows) if row["user_id"] is not None}  # that it was asked, not all that was shown
-        self.unseen.append((list(asked.values()), Future()))
+        self.unseen.append((list(asked.values()), time.monotonic(), Future()))
         self._observe()
 
     async def happened(self, rows: list[dict[str, Any]], caller: Caller, arrived: float) -> dict[str, int]:
@@ -576,18 +589,19 @@ class Service:
         Raises:
             Refused: 503 if the store cannot keep them now; none is kept then.
         """
-        mine = {"user_id": lambda name: self.user(caller, name), "event_id": lambda name: _of_tenant(caller, name), "session_id": lambda name: _of_tenant(caller, name)}
-        rows = [row | {column: of(row[column]) for column, of in mine.items()} for row in rows]
+        mine = {name: partial(_of_tenant, caller) for name in ("event_id", "session_id", "request_id")} | {"user_id": partial(self.user, caller)}
+        rows = [row | {column: of(row[column]) for column, of in mine.items() if row[column] is not None} for row in rows]
+        born = time.monotonic()
         try:
             new = await asyncio.wrap_future(self.store.submit(rows))
-        except (StoreGone, StoreFull) as error:
+        except StoreError as error:
             raise Refused(503, "the events cannot be kept now; send them again", wait=1) from error
         except EventError as error:
             raise Refused(422, _sentence(error)) from error
         self.meters.events.labels("sent").inc(new)
         seen = Future()
         seen.set_running_or_notify_cancel()
-        self.unseen.append((rows, seen))
+        self.unseen.append((rows, born, seen))
         self.writers.pool.submit(self._observe)
         await asyncio.wrap_future(seen)
         self.meters.visible.observe(time.perf_counter() - arrived)
@@ -597,19 +611,17 @@ class Service:
         """Tell the engine of all that it has not seen yet: who comes while it listens shares the next time."""
         with self.observing:
             told = [self.unseen.popleft() for _ in range(len(self.unseen))]
-            rows = [row for some, _ in told for row in some]
+            rows = [row for some, born, _ in told for row in some if self.erasures.get(row["user_id"], 0.0) < born]
             try:
                 if self.missed is not None:  # a model that is being loaded must hear of it, too
                     self.missed.extend(rows)
                 if rows:
-                    self.engine.observe([dict.fromkeys(_COLUMNS) | row for row in rows])
-                    with self.at_cache:
-                        self.cache = OrderedDict()
+                    self.engine.observe([dict.fromkeys(_COLUMNS) | row for row in rows], stored=True)
             except Exception as error:
-                for _, seen in told:
+                for _, _, seen in told:
                     seen.set_exception(error)
             else:
-                for _, seen in told:
+                for _, _, seen in told:
                     seen.set_result(None)
 
     def erase(self, caller: Caller, user_id: str) -> dict[str, Any]:
@@ -620,17 +632,19 @@ class Service:
         """
         user = self.user(caller, user_id)
         with self.log.writing:
-            waited, before = self.log.drop(user), self._erased()
+            self.erasures[user] = time.monotonic()
+            waited, before, told = self.log.drop(user), self._erased(), self.engine.known_between(user)
             write_json(self.erased, sorted({*before, user}))  # before anything is removed: half an erasure can be finished
             try:
-                done = self.store.erase(user)
-            except (StoreGone, StoreFull) as error:
+                done = self.store.erase(user, told)
+            except StoreError as error:
                 raise Refused(503, "the store cannot be reached now; erase again", wait=1) from error
-            with self.observing, self.at_cache:
-                for some, _ in self.unseen:
-                    some[:] = [row for row in some if row["user_id"] != user]
-                remembered, self.cache = self.engine.forget(user), OrderedDict()
+            with self.observing:
+                self.erasures[user] = time.monotonic()
+                remembered = self.engine.forget(user)
                 self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
+            self._nothing_cached()
+            waited += self.log.drop(user)
             if not (waited or done.rows or done.key_destroyed or remembered):
                 write_json(self.erased, before)
                 raise Refused(404, "no such user of this key", "user_id")
@@ -644,13 +658,12 @@ class Service:
     # models
     def _opened(self) -> Any:
         engine = self.load()
-        self.loaded_names = list(engine.users[:50])
-        engine.rename_users(self.store.pseudonym)
+        self.loaded_names = [name for name in engine.users[:50] if not PSEUDONYM.fullmatch(name)]
+        engine.rename_users(self._alias)
         for user in self._erased():
             engine.forget(user)
-        since = self.store.events(since=engine.until)
-        if len(since):
-            engine.observe(since)
+        for some in self.store.acts(since=engine.until - LATE):
+            engine.observe(some, stored=True)
         probe(engine)
         return engine
 
@@ -668,14 +681,17 @@ class Service:
         """
         if not self.loading.acquire(blocking=False):
             raise Refused(409, "a model is being loaded already")
-        before = self.engine.version
+        before, began = self.engine.version, time.monotonic()
         try:
             with self.observing:
                 self.missed = []
             fresh = self._opened()
             with self.observing:
+                for user, at in self.erasures.items():
+                    if at > began:
+                        fresh.forget(user)
                 if self.missed:
-                    fresh.observe([dict.fromkeys(_COLUMNS) | row for row in self.missed])
+                    fresh.observe([dict.fromkeys(_COLUMNS) | row for row in self.missed], stored=True)
                 self.engine = fresh
             self._named()
         except Exception as error:
@@ -684,11 +700,34 @@ class Service:
             reason = _sentence(error) if type(error).__module__.startswith("ecomrec.") else type(error).__name__
             raise Refused(409, f"the new model was refused, {before} goes on: {reason}") from error
         finally:
-            self.missed = None
+            with self.observing:
+                self.missed = None
             self.loading.release()
+        self.news.set()
         self.meters.loads.labels("served").inc()
         say("model served", policy=fresh.version, before=before)
         return {"policy": fresh.version, "before": before}
+
+    def read_counters(self) -> None:
+        """Count anew what is popular and clicked, as of the last midnight, if the store has events of before that the model may not know."""
+        engine, now = self.engine, _this_moment()
+        stored = self.store.events(since=engine.until - LATE, until=now // DAY * DAY)
+        if len(stored):
+            engine.memory.refresh(now, stored)
+            self._nothing_cached()
+
+    def _read_daily(self) -> None:
+        while True:
+            self.news.clear()
+            if self.closing:
+                return
+            wait = DAY - _this_moment() % DAY
+            try:
+                self.read_counters()
+            except Exception as error:
+                say("counters not read", error)
+                wait = min(wait, 600_000)
+            self.news.wait(wait / 1000)
 
     def measured(self) -> bytes:
         """All numbers in Prometheus' form."""
@@ -699,9 +738,12 @@ class Service:
 
     def close(self) -> None:
         """Finish what runs and write what waits; the store stays open."""
+        self.closing = True
+        self.news.set()
         for workers in (self.pages, self.writers):
             workers.close()
         self.log.close()
+        self.reader.join()
 
 
 def _this_moment() -> int:
@@ -754,6 +796,12 @@ def _presented(headers: Mapping[str, str]) -> str | None:
     return key.strip() if scheme.lower() == "bearer" else None
 
 
+def _from_elsewhere(headers: Mapping[str, str]) -> bool:
+    """Whether a browser says that another site's page sends it: where no key is asked for, its user would not know."""
+    origin = headers.get("origin")
+    return headers.get("sec-fetch-site") in ("cross-site", "same-site") or (origin is not None and urlsplit(origin).netloc != headers.get("host"))
+
+
 class Door:
     """Lets requests in or refuses them, counts them, and keeps what went wrong from whoever asked.
 
@@ -772,10 +820,12 @@ class Door:
     def _enter(self, request: Request) -> Caller | None:
         """Who asks; None where that does not matter."""
         path, address = request.url.path, f"address {request.client.host if request.client else ''}"
-        free = path in _OPEN and request.method in ("GET", "HEAD")
+        free = (path in _OPEN or path.startswith("/images/")) and request.method in ("GET", "HEAD")
         key = None if self.keys is None or free else _presented(request.headers)
         caller = Caller("anyone", admin=True) if self.keys is None else None if key is None else self.keys.who(key)
         self.buckets.take(f"key {caller.name}" if caller and self.keys else address, time.monotonic())
+        if self.keys is None and request.method not in ("GET", "HEAD") and _from_elsewhere(request.headers):
+            raise Refused(403, "a page of another site may not ask this")
         if caller is None and not free:
             raise Refused(401, "a key is needed: Authorization: Bearer KEY" if key is None else "this key is not known")
         length = request.headers.get("content-length", "")
@@ -897,7 +947,7 @@ _NO = {status: {"model": Reason4xx, "description": text} for status, text in {
 _OR_NOT_THERE, _OR_NOT_NOW = {404: {"model": Reason4xx, "description": "Not known here."}}, {409: {"model": Reason4xx, "description": "Refused; the old model goes on."}}
 
 
-def create_app(service: Service, keys: Keys | None, rate: float = 200.0, hosts: Sequence[str] = ("*",)) -> FastAPI:
+def create_app(service: Service, keys: Keys | None, rate: float = 200.0, hosts: Sequence[str] = ("*",), images: Path | None = None) -> FastAPI:
     """The service over HTTP.
 
     Args:
@@ -905,6 +955,7 @@ def create_app(service: Service, keys: Keys | None, rate: float = 200.0, hosts: 
         keys: Who may come in; None lets everyone in.
         rate: Requests a second for each key, or for each address without one; twice as many at once.
         hosts: Names under which it may be asked; a page of somebody else's cannot ask under another.
+        images: Folder of the products' pictures, which everybody may see: the picture `images/x.jpg` of a product is `x.jpg` there.
     """
 
     @asynccontextmanager
@@ -929,6 +980,8 @@ def create_app(service: Service, keys: Keys | None, rate: float = 200.0, hosts: 
     _health_routes(app, service)
     for at, path in _FILES.items():
         app.add_route(at, partial(_file, path))
+    if images is not None:
+        app.mount("/images", StaticFiles(directory=images))
     return app
 
 
@@ -977,7 +1030,7 @@ def _log_routes(app: APIRouter, service: Service) -> None:
 
     @app.get("/users", summary="Some known users, for trying it out", responses={401: _NO[401], 429: _NO[429]})
     async def users(request: Request) -> dict[str, list[str]]:
-        return {"users": service.names if request.state.caller.tenant == TENANT else []}
+        return {"users": service.names if request.state.caller.admin else []}
 
 
 def _model_routes(app: APIRouter, service: Service) -> None:
@@ -1003,7 +1056,7 @@ def _health_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", summary="Which model serves, and whether events can be kept", responses={429: _NO[429], 503: _NO[503]})
     async def readyz() -> Response:
-        return _as_json({"policy": service.engine.version, "store": bool(await service.writers.run(service.store.ready))})  # pages go on without
+        return _as_json({"policy": service.engine.version, "store": await asyncio.to_thread(service.store.ready)})  # pages go on without
 
 # %% ../../nbs/serve/02_service.ipynb #9487f0fd
 class ServeError(ValueError):
@@ -1047,7 +1100,9 @@ def keys_of(path: Path | str) -> tuple[Keys, str | None]:
     return keys, first
 
 
-def serve(load: Callable[[], Any], store: Any, state: Path | str, host: str = "127.0.0.1", port: int = 8000, auth: bool = True, rate: float = 200.0, cache: int = 1024) -> None:
+def serve(
+    load: Callable[[], Any], store: Any, state: Path | str, host: str = "127.0.0.1", port: int = 8000, auth: bool = True, rate: float = 200.0, cache: int = 1024, images: Path | None = None,
+) -> None:
     """Serve a shop until the process is told to end.
 
     Args:
@@ -1059,22 +1114,25 @@ def serve(load: Callable[[], Any], store: Any, state: Path | str, host: str = "1
         auth: Ask for keys.
         rate: Requests a second for each key.
         cache: How many pages are kept; 0 for none.
+        images: Folder of the products' pictures.
     Raises:
         ServeError: If it would stand open to others without keys, or cannot listen.
     """
     if not auth and not is_loopback(host):
         raise ServeError(f"--no-auth would let everybody in who can reach {host}; leave one of the two out")
-    Path(state).mkdir(parents=True, exist_ok=True)
+    if images is not None and not Path(images).is_dir():
+        raise ServeError(f"{images}: is no folder; name the one that holds the products' pictures with --images")
+    Path(state).mkdir(mode=0o700, parents=True, exist_ok=True)
     with listening(host, port) as door:
         service = Service(load, store, Path(state) / "erased.json", cache=cache)
         keys, first = keys_of(Path(state) / "api_keys.json") if auth else (None, None)
-        if first:
-            print(f"ecomrec: this key is shown once, keep it: {first}", file=sys.stderr)
         names = ["localhost", "127.0.0.1", "[::1]", host] if is_loopback(host) else ["*"]
-        app = create_app(service, keys, rate, names)
+        app = create_app(service, keys, rate, names, images)
         log_to(sys.stderr)
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{door.getsockname()[1]}/", flush=True)
+        if first:  # not among the lines of the log, which others keep
+            print(f"key, shown this once: {first}", flush=True)
         config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=1000, timeout_graceful_shutdown=10)
         sys.setswitchinterval(0.001)  # the loop waits at most so long for each thread that computes
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends itself the signal once more when all is finished
