@@ -29,7 +29,7 @@ def metrics(folder):
     return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
-LONG = ("personalised", "preparation")  # their second run takes a minute each: `make soak` has the time
+LONG = ("ablations", "biased_logs", "next_item", "personalised", "preparation", "relevance")  # their second run takes minutes: `make soak` has the time
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("receipts", [False, True])
+@pytest.mark.parametrize("receipts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_kill_9_in_the_middle_of_an_epoch_changes_nothing(tmp_path, receipts):
     command = [sys.executable, script(tmp_path, epochs=12 if receipts else 6, receipts=receipts)]
     subprocess.run([*command, tmp_path / "a", tmp_path / "whole"], check=True)

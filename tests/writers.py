@@ -1,8 +1,9 @@
-"""What runs in processes that tests kill. It imports little: each of them starts with it."""
+"""What runs in processes that tests kill."""
 
 import hashlib
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ecomrec.feedback.store import Store
 NOON = 1_764_000_000_000
 EVENT = {"event_id": "e1", "ts": NOON, "session_id": "s1", "kind": "click", "item_id": "i7", "position": 1}
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["ecomrec.feedback.store"])  # once; the import takes longer than the appends
+PROCESSES.set_forkserver_preload(["ecomrec.feedback.store", "ecomrec.serve.service", "ecomrec.search.engine"])  # once; the imports take longer than the work
 
 
 def batch_of(name: str) -> list[dict]:
@@ -50,3 +51,44 @@ def seal_for_ever(folder: Path, told: Path, life: int) -> None:
         owner = f"{life}-{number}"
         os.write(file, f"{owner} {keyring.encrypt(owner, 'query', owner).hex()}\n".encode())
         number += 1
+
+
+def serve_for_ever(saved: Path, address: str | Path, folder: Path, said: Path, room: int = 10_000) -> None:
+    """A service of a saved engine without keys; the first line of `said` is its address."""
+    from ecomrec.search.engine import Engine
+    from ecomrec.serve.service import serve
+
+    sys.stdout = open(said, "w", encoding="utf-8")
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    serve(lambda: Engine.load(saved), Store(address, folder / "keys", room=room, patience=60), folder / "state", port=0, auth=False, rate=1e6)
+
+
+def save_for_ever(folder: Path, origins: list[Path]) -> None:
+    """Save one engine over the other, without end."""
+    from ecomrec.search.engine import Engine
+
+    engines = [Engine.load(origin) for origin in origins]
+    while True:
+        for engine in engines:
+            engine.save(folder)
+
+
+def train_once(folder: Path, seed: int) -> None:
+    """A small training with a checkpoint after each epoch, which ends with its weights beside them."""
+    from ecomrec.model.shopper import config_of, train_shopper
+    from ecomrec.model.training import Schedule
+
+    split = split_of(seed)
+    model, _ = train_shopper(split, config_of(split.train, dim=8), Schedule(epochs=12, seed=seed, patience=100, save_every=0.0), folder=folder / "training", progress=False)
+    model.save_pretrained(folder / "model")
+
+
+def split_of(seed: int):
+    """Made-up histories to train on."""
+    import numpy as np
+
+    from ecomrec.data.sequences import Sequences, leave_last_out
+
+    histories = np.random.default_rng(seed).integers(0, 10, (60, 6))
+    starts = np.arange(61) * 6
+    return leave_last_out(Sequences(histories.ravel(), starts, np.array([f"u{number:02d}" for number in range(60)], object), np.array(list("abcdefghij"), object)))

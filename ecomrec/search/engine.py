@@ -60,7 +60,7 @@ class Page:
 
     Args:
         query: What was searched; empty for recommendations.
-        items: A row a product: rank (from 1, counted over all pages), item_id, title, brand, price, rating, score, category, currency,
+        columns: Of the products: rank (from 1, counted over all pages), item_id, title, brand, price, rating, score, category, currency,
             n_ratings, image, in_stock, propensity (probability that the policy put it there), variants (how many it stands for).
         note: What was done with the query, or why the page is empty.
         total: How many products there are to be paged through.
@@ -70,7 +70,7 @@ class Page:
     """
 
     query: str
-    items: pd.DataFrame
+    columns: Mapping[str, np.ndarray]
     note: str = ""
     total: int = 0
     facets: dict[str, list[tuple[Any, int]]] = field(default_factory=dict)
@@ -79,6 +79,11 @@ class Page:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @cached_property
+    def items(self) -> pd.DataFrame:
+        """A row a product."""
+        return pd.DataFrame(self.columns)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -453,6 +458,8 @@ class Engine:
     def forget(self, user: str) -> bool:
         """Drop what is remembered of a shopper; says whether there was anything."""
         self.vector_of.cache_clear()
+        if self.voice is not None:
+            self.voice.asked.clear()
         self.__dict__.pop("_suggestions", None)
         return self._memory is not None and self.memory.forget(user)
 
@@ -587,10 +594,9 @@ class Engine:
     def _listen(self, asked: _Asked, vector: np.ndarray | None = None) -> None:
         """Hear the shopper model, if there is one."""
         if self.voice is not None:
-            known = self._memory is not None and asked.user in self.memory.users.index
             heard = self.voice(
                 asked.history, self.memory.texts if self._memory is not None else [], asked.ts, asked.surface, vector, asked.device,
-                self.memory.users.loc[[asked.user]] if known else None, lambda text: self.vector_of(text)[0][0],
+                self.memory.people.get(asked.user) if self._memory is not None else None, lambda text: self.vector_of(text)[0][0],
             )
             asked.voices["shopper"] = asked.sources["shopper"] = heard[: len(asked.catalogue)]
 
@@ -602,6 +608,8 @@ class Engine:
             vectors, unknown = np.zeros_like(said["words"]), 1.0
         else:
             vector, unknown = self.vector_of(query)
+            if self.voice is not None and user is not None:
+                self.voice.hear(query, vector[0])  # from now on it is part of her history
             vectors = self.dense.scores(vector)[:, :n]
         heard = legible(said | {"vectors": vectors}, np.array([1 - unknown]))
         silent = (said["words"][0] == 0) & (said["attributes"][0] == 0) & (unknown == 1)
@@ -670,10 +678,10 @@ class Engine:
             why_none = "filtered" if not allowed.any() else "unmatched" if asked.surface == "search" and not wanted.offset else "no more"
             note = sentence(f"note: {why_none}", {}, wanted.language)
         items = {"rank": np.arange(wanted.offset + 1, wanted.offset + 1 + len(shown))} | catalogue.page(shown) | {"score": scores[places], "propensity": propensity, "variants": n}
-        table = pd.DataFrame({name: items[name] for name in [*_TABLE, *(name for name in items if name not in _TABLE)]})
+        columns = {name: items[name] for name in [*_TABLE, *(name for name in items if name not in _TABLE)]}
         facets = {name: self._counted(asked, rows, name, wanted) for name in wanted.facets}
         why = reasons(parts.iloc[places], _facts(self, asked, shown, ranker.names, x[places]), wanted.language) if wanted.explain else []
-        return Page(query, table, note, total, facets, why, asked.surface)
+        return Page(query, columns, note, total, facets, why, asked.surface)
 
     def _counted(self, asked: _Asked, rows: np.ndarray, name: str, wanted: Options) -> list[tuple[Any, int]]:
         """A facet over the candidates: without its own filter, so that the other values can be added; variants count once where they are folded."""

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['exposure_of', 'learn_voice', 'ShopperVoice']
 
-# %% ../../nbs/search/08_voice.ipynb #eca618c1
+# %% ../../nbs/search/08_voice.ipynb #3aa42ac3
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from ..data.artefacts import write_json
 from ..data.features import DAY
-from ..data.requests import asked_between, context_of, from_pages, lessons_of, profile_columns, user_profiles
+from ..data.memory import Person
+from ..data.requests import asked_between, context_of, from_pages, lessons_of, profile_columns
 from ..data.sequences import Split
 from ..data.tables import SURFACES
 from ..model.shopper import Shopper, config_of, gap_code, train_shopper
@@ -77,7 +79,10 @@ def learn_voice(
     queries = events["query"].dropna().unique().tolist()
     return ShopperVoice(model, whole.item_ids, profile_columns(users), dict(zip(queries, np.asarray(encode(queries), np.float32))))
 
-# %% ../../nbs/search/08_voice.ipynb #e825ccc5
+# %% ../../nbs/search/08_voice.ipynb #6d3a146c
+_ASKED = 2_048
+
+
 class ShopperVoice:
     """What a trained shopper says of every product, for one request at a time.
 
@@ -89,7 +94,8 @@ class ShopperVoice:
     """
 
     def __init__(self, model: Shopper, item_ids: np.ndarray, profile: Sequence[str], queries: Mapping[str, np.ndarray]):
-        self.model, self.item_ids, self.profile, self.queries, self.profiles = model.cpu().eval(), item_ids, list(profile), dict(queries), {}
+        self.model, self.item_ids, self.profile, self.queries = model.cpu().eval(), item_ids, list(profile), dict(queries)
+        self.asked: OrderedDict[str, np.ndarray] = OrderedDict()
         sizes = {"kind": model.config.n_kinds, "gap": model.config.times, "query": model.config.query, "context": model.config.context, "profile": model.config.profile}
         self.unread = {name for name, size in sizes.items() if not size}
 
@@ -117,7 +123,7 @@ class ShopperVoice:
     @torch.inference_mode()
     def __call__(
         self, history: np.ndarray, texts: Sequence[str], ts: int, surface: str, vector: np.ndarray | None = None, device: str | None = None,
-        person: pd.DataFrame | None = None, vector_of: Callable[[str], np.ndarray] | None = None,
+        person: Person | None = None, vector_of: Callable[[str], np.ndarray] | None = None,
     ) -> np.ndarray:
         """How much likelier than chance each product is what this shopper wants, as a logarithm, float32 (products,).
 
@@ -128,7 +134,7 @@ class ShopperVoice:
             surface: search, home or similar.
             vector: Of the query, (dimension,); None without one.
             device: From where the request comes.
-            person: Row of the users table, None where nothing is known.
+            person: What the shopper told, None where nothing is known.
             vector_of: Vector of a query that is not among `queries`; without it such a query is read as if it had no words.
         """
         batch = self._tokens(history, texts, ts, SURFACES.index(surface), vector, device, person, vector_of)
@@ -139,7 +145,7 @@ class ShopperVoice:
         scores = scores if extra is None else scores.scatter_add_(1, extra[1], extra[0])
         return (scores.log_softmax(dim=1)[0] + np.log(scores.shape[1])).numpy()
 
-    def _tokens(self, history: np.ndarray, texts: Sequence[str], ts: int, surface: int, vector: np.ndarray | None, device: str | None, person: pd.DataFrame | None, vector_of: Callable | None) -> dict[str, torch.Tensor]:
+    def _tokens(self, history: np.ndarray, texts: Sequence[str], ts: int, surface: int, vector: np.ndarray | None, device: str | None, person: Person | None, vector_of: Callable | None) -> dict[str, torch.Tensor]:
         """One history and its request as the model reads them: what `tokens_of` and `Rows` make of many, without their tables."""
         config = self.model.config
         history = history[-config.length :]
@@ -157,22 +163,27 @@ class ShopperVoice:
         query, context = np.zeros((n + 2, config.query), np.float32), np.zeros((n + 2, config.context), np.float32)
         for place in np.flatnonzero(history["query"] >= 0):
             text = texts[history["query"][place]]
-            told = self.queries.get(text) if text in self.queries or vector_of is None else vector_of(text)
+            told = self.queries.get(text, self.asked.get(text))
+            told = vector_of(text) if told is None and vector_of is not None else told
             query[place + 1] = 0 if told is None else told
         query[-1] = 0 if vector is None else vector
         asks = np.append(~acts, True)
         context[1:][asks] = context_of(np.append(history["ts"], ts), np.append(history["surface"], surface), np.append(history["phone"], device == "phone"))[asks]
-        profile = np.broadcast_to(np.zeros(config.profile, np.float32) if person is None else self._profile(person), (n + 2, config.profile))
+        profile = np.broadcast_to(np.float32(0 if person is None else self._profile(person)), (n + 2, config.profile))
         tokens |= {"query": query, "context": context, "profile": profile}
         begins = 0 if config.start or config.profile else 1
         return {name: torch.from_numpy(np.ascontiguousarray(values[begins:][-config.length :]))[None] for name, values in tokens.items() if name not in self.unread}
 
-    def _profile(self, person: pd.DataFrame) -> np.ndarray:
-        """Features of somebody who told of herself."""
-        told = tuple(None if pd.isna(value) else value for value in person[["age", "gender", "region"]].iloc[0])
-        if told not in self.profiles:
-            self.profiles[told] = user_profiles(person, self.profile)[0]
-        return self.profiles[told]
+    def hear(self, text: str, vector: np.ndarray) -> None:
+        """Know the vector of a query that is asked now; the last ones are known, for the histories of those who asked them."""
+        self.asked[text] = vector
+        while len(self.asked) > _ASKED:
+            self.asked.popitem(last=False)
+
+    def _profile(self, person: Person) -> list[float]:
+        """Features of somebody who told of herself, as `user_profiles` has them."""
+        told = {f"gender_{person.gender}", f"region_{person.region}"}
+        return [0.0 if person.age is None else (person.age - 40) / 10, person.age is not None, *(column in told for column in self.profile)]
 
     def save(self, folder: Path, told: Container[str] | None = None) -> None:
         """Write it into a folder that is there, as `load` reads it; of the queries only those that are `told`, all if left out."""

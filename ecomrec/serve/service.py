@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import numpy as np
 import pandas as pd
+import torch
 import uvicorn
 from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi import Path as InPath
@@ -303,7 +305,7 @@ def _facet_value(value: Any) -> Any:
 
 def answer(page: Page, request_id: str, policy: str) -> dict[str, Any]:
     """A page of the engine as the service says it, see `Answer`."""
-    columns = {name: page.items[name].to_numpy(object, na_value=None).tolist() for name in ("rank", *_SHOWN)}
+    columns = {name: [None if pd.isna(value) else value for value in np.asarray(page.columns[name]).tolist()] for name in ("rank", *_SHOWN)}
     items = [dict(zip(("position", *_SHOWN), values)) for values in zip(*columns.values())]
     for item in items:
         item["n_ratings"] = None if item["n_ratings"] is None else int(item["n_ratings"])  # a table with gaps holds floats
@@ -1133,6 +1135,7 @@ def serve(
         print(f"http://{shown}:{door.getsockname()[1]}/", flush=True)
         if first:  # not among the lines of the log, which others keep
             print(f"key, shown this once: {first}", flush=True)
+        torch.set_num_threads(1)  # of each thread that computes pages
         config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=1000, timeout_graceful_shutdown=10)
         sys.setswitchinterval(0.001)  # the loop waits at most so long for each thread that computes
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends itself the signal once more when all is finished
