@@ -244,11 +244,11 @@ def serve_run(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any that is free.")] = 8000,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask for no key; only where nobody else can reach the address.")] = False,
     store: Annotated[str | None, typer.Option(envvar="ECOMREC_STORE", help="Where events are kept: a file for SQLite, or postgresql://...; in the folder of --state if left out.")] = None,
-    keyring: Annotated[Path | None, typer.Option(envvar="ECOMREC_KEYRING", help="Folder for what names and opens shoppers' data, best on another disk; ./runs/keyrings/NAME if left out.")] = None,
-    state: Annotated[Path | None, typer.Option(help="Folder for the keys of callers; ./runs/served/NAME if left out.")] = None,
+    keyring: Annotated[Path | None, typer.Option(envvar="ECOMREC_KEYRING", help="Folder for what names and opens shoppers' data, and who was erased; best on another disk; beside --state if left out.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Folder for the keys of callers and, without --store, the events; ./runs/served/NAME if left out.")] = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the products' pictures: `images/x.jpg` of a product is x.jpg there.")] = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Requests a second for each key.")] = 200.0,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every page and every query's vector anew.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute every page and every vector of a query anew; of what shoppers asked before, the vectors are known.")] = False,
 ) -> None:
     """Serve a run's engine: a web page for people, an HTTP interface for programs, and every event kept.
 
@@ -272,7 +272,7 @@ def serve_run(
     place = state or lab.runs_folder() / "served" / name
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     vectors = {"cache": 0} if no_cache else {}
-    with closing(Store(store or place / "events.sqlite", keyring or lab.runs_folder() / "keyrings" / name)) as events:
+    with closing(Store(store or place / "events.sqlite", keyring or place.with_name(f"{place.name}-keyring"))) as events:
 
         def load() -> Engine:
             found = _engine_folder(run)

@@ -1,6 +1,7 @@
 """What all tests share: where the real data are, how many examples a property is tried on."""
 
 import os
+import shutil
 from pathlib import Path
 
 import postgres as server
@@ -49,3 +50,26 @@ def postgres():
     running = server.Postgres()
     yield running
     running.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request, tmp_path):
+    """An empty place for a store, on each database."""
+    return tmp_path / "shop.db" if request.param == "sqlite" else request.getfixturevalue("postgres").database()
+
+
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser; a test that needs it is skipped where there is none."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("no chromium here: `make system` installs it")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+        yield opened
+        opened.close()

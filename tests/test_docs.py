@@ -4,7 +4,6 @@ import functools
 import http.server
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,8 +17,6 @@ sys.path.insert(0, str(ROOT / "nbs/_tools"))
 
 from notebooks import NBS, directives, notebooks, read  # noqa: E402
 
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-FLAGS += " --disable-component-update --disable-sync"
 DRAWN = """() => {
   const formulas = [...document.querySelectorAll(".math")].every(e => e.querySelector("mjx-container svg"));
   const diagrams = [...document.querySelectorAll("pre.mermaid")].every(e => e.querySelector("svg g"));
@@ -51,23 +48,10 @@ def address(site):
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium here: `make system` installs it")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=FLAGS.split())
-        yield opened
-        opened.close()
-
-
 @pytest.fixture
-def tab(browser):
+def tab(chromium):
     """A page, and what went wrong on it: console errors, exceptions, failed requests and requests to the outside."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context = chromium.new_context(viewport={"width": 1280, "height": 900})
     page, wrong = context.new_page(), []
     page.on("console", lambda m: wrong.append(f"{page.url}: {m.text}") if m.type in ("error", "warning") else None)
     page.on("pageerror", lambda e: wrong.append(f"{page.url} exception: {e}"))
@@ -140,8 +124,8 @@ def test_search_finds_ndcg(address, tab):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_diagrams_follow_the_theme_and_nothing_is_wider_than_a_phone(site, address, browser, scheme):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+def test_diagrams_follow_the_theme_and_nothing_is_wider_than_a_phone(site, address, chromium, scheme):
+    context = chromium.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
     page = context.new_page()
     page.goto(f"{address}/index.html", wait_until="load")
     page.wait_for_function(DRAWN, timeout=60_000)

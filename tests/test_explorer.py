@@ -14,7 +14,6 @@ import nbformat
 import pytest
 
 from ecomrec.serve.explorer import card_html
-from test_docs import FLAGS
 
 SHOP = """from ecomrec.data import sources
 from ecomrec.data.cleaning import clean
@@ -60,56 +59,52 @@ def lab(tmp_path_factory):
         server.terminate()
 
 
-def test_search_filter_click_buy_and_see_the_page_change_in_jupyterlab(lab, tmp_path):
-    from playwright.sync_api import sync_playwright
+def test_search_filter_click_buy_and_see_the_page_change_in_jupyterlab(chromium, lab, tmp_path):
+    page = chromium.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(120_000)
+    wrong = []
+    page.on("dialog", lambda dialog: wrong.append(dialog.message))
+    page.goto(lab)
+    page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.click()
+    page.keyboard.press("Shift+Enter")
+    cards = page.locator(".jp-OutputArea .widget-gridbox > .widget-vbox")
+    cards.first.wait_for()
+    assert cards.count() == 6
+    box, user = page.locator(".jp-OutputArea .widget-text input"), page.locator(".jp-OutputArea .widget-dropdown select").first
+    told = page.locator(".jp-OutputArea .widget-vbox > .widget-html").first
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(120_000)
-        wrong = []
-        page.on("dialog", lambda dialog: wrong.append(dialog.message))
-        page.goto(lab)
-        page.locator(".jp-NotebookPanel .jp-CodeCell .cm-content").first.click()
-        page.keyboard.press("Shift+Enter")
-        cards = page.locator(".jp-OutputArea .widget-gridbox > .widget-vbox")
-        cards.first.wait_for()
-        assert cards.count() == 6
-        box, user = page.locator(".jp-OutputArea .widget-text input"), page.locator(".jp-OutputArea .widget-dropdown select").first
-        told = page.locator(".jp-OutputArea .widget-vbox > .widget-html").first
+    def shown(change) -> list[str]:
+        """What the cards say once a change has reached the kernel and come back."""
+        before = cards.all_inner_texts()
+        change()
+        for _ in range(1200):
+            now = cards.all_inner_texts()
+            if now and now != before and page.locator(".jp-NotebookPanel-toolbar [data-status=idle]").count():
+                return now
+            page.wait_for_timeout(100)
+        raise AssertionError("nothing has changed")
 
-        def shown(change) -> list[str]:
-            """What the cards say once a change has reached the kernel and come back."""
-            before = cards.all_inner_texts()
-            change()
-            for _ in range(1200):
-                now = cards.all_inner_texts()
-                if now and now != before and page.locator(".jp-NotebookPanel-toolbar [data-status=idle]").count():
-                    return now
-                page.wait_for_timeout(100)
-            raise AssertionError("nothing has changed")
-
-        stranger = cards.all_inner_texts()
-        mine = shown(lambda: user.select_option(index=2))
-        assert mine != stranger
-        found = shown(lambda: (box.fill("running shoes"), box.press("Enter")))
-        assert sum("running shoes" in text.lower() for text in found) >= 3
-        facet = page.locator(".jp-OutputArea .widget-select-multiple select").nth(1)
-        brand = facet.locator("option").nth(1).inner_text().rpartition(" (")[0]
-        narrowed = shown(lambda: facet.select_option(index=1))
-        assert all(brand in text for text in narrowed)
-        all_again = shown(lambda: facet.select_option([]))
-        title = cards.nth(5).locator("b").first.inner_text().partition(". ")[2]
-        after = shown(lambda: cards.nth(5).get_by_role("button", name="View").click())
-        told.get_by_text("View:").wait_for()
-        place = next(number for number, text in enumerate(after) if title in text)
-        after = shown(lambda: cards.nth(place).get_by_role("button", name="Buy").click())
-        told.get_by_text("Buy:").wait_for()
-        assert [title in text for text in after].index(True) < [title in text for text in all_again].index(True)
-        shown(lambda: (box.fill("zwieback"), box.press("Enter")))
-        assert "<img src=x onerror=alert(1)> zwieback" in cards.first.inner_text() and cards.locator("img").count() == 0
-        page.screenshot(path=tmp_path / "explorer.png")
-        browser.close()
+    stranger = cards.all_inner_texts()
+    mine = shown(lambda: user.select_option(index=2))
+    assert mine != stranger
+    found = shown(lambda: (box.fill("running shoes"), box.press("Enter")))
+    assert sum("running shoes" in text.lower() for text in found) >= 3
+    facet = page.locator(".jp-OutputArea .widget-select-multiple select").nth(1)
+    brand = facet.locator("option").nth(1).inner_text().rpartition(" (")[0]
+    narrowed = shown(lambda: facet.select_option(index=1))
+    assert all(brand in text for text in narrowed)
+    all_again = shown(lambda: facet.select_option([]))
+    title = cards.nth(5).locator("b").first.inner_text().partition(". ")[2]
+    after = shown(lambda: cards.nth(5).get_by_role("button", name="View").click())
+    told.get_by_text("View:").wait_for()
+    place = next(number for number, text in enumerate(after) if title in text)
+    after = shown(lambda: cards.nth(place).get_by_role("button", name="Buy").click())
+    told.get_by_text("Buy:").wait_for()
+    assert [title in text for text in after].index(True) < [title in text for text in all_again].index(True)
+    shown(lambda: (box.fill("zwieback"), box.press("Enter")))
+    assert "<img src=x onerror=alert(1)> zwieback" in cards.first.inner_text() and cards.locator("img").count() == 0
+    page.screenshot(path=tmp_path / "explorer.png")
+    page.close()
     assert wrong == []
 
 

@@ -122,11 +122,6 @@ class Served:
             pd.testing.assert_frame_equal(there, check("events", pd.DataFrame(sent)).sort_values(["ts", "event_id"], ignore_index=True))
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def address(request, tmp_path):
-    return tmp_path / "shop.db" if request.param == "sqlite" else request.getfixturevalue("postgres").database()
-
-
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_killed_service_starts_again_by_itself_and_has_lost_nothing(engines, address, tmp_path, kills):
     rng, served = random.Random(kills), Served(engines[0], address, tmp_path, threads=4)
@@ -143,22 +138,37 @@ def test_a_killed_service_starts_again_by_itself_and_has_lost_nothing(engines, a
     served.assert_whole()
 
 
+@pytest.mark.parametrize("kills", [4, KILLS[1]])
+def test_events_of_a_service_survive_kills_of_its_database(engines, postgres, tmp_path, kills):
+    rng, served = random.Random(kills), Served(engines[0], postgres.database(), tmp_path, threads=4)
+    for _ in range(kills):
+        goal = len(served.acknowledged) + rng.randrange(1, 40)
+        served.wait(lambda: len(served.acknowledged) >= goal)
+        time.sleep(rng.random() / 50)
+        postgres.kill()
+        postgres.start()
+    goal = len(served.acknowledged) + 4
+    served.wait(lambda: len(served.acknowledged) >= goal)
+    served.end()
+    assert {status for _, status in served.pages} == {200} and len(served.acknowledged) > kills
+    served.assert_whole()
+
+
 @pytest.mark.parametrize("seconds", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_while_the_database_is_gone_pages_go_on_and_events_are_held_to_the_bound(engines, postgres, tmp_path, seconds):
     served = Served(engines[0], postgres.database(), tmp_path, threads=24, room=30)
     served.wait(lambda: len(served.acknowledged) >= 100)
-    stood = len(served.acknowledged)
     postgres.stop()
-    gone = time.monotonic()
-    served.wait(lambda: time.monotonic() > gone + seconds)
+    time.sleep(0.1)  # answers that are under way
+    gone, stood = time.monotonic(), len(served.acknowledged)
+    served.wait(lambda: time.monotonic() > gone + seconds and served.statuses.count(503) >= 20)
     back, before, refused = time.monotonic(), len(served.acknowledged), served.statuses.count(503)
     postgres.start()
     served.wait(lambda: len(served.acknowledged) >= before + 100)
     served.end()
-    assert before - stood <= 24 + 10  # those that had been written already
-    assert refused >= 20 and 0 not in served.statuses
+    assert before == stood and refused >= 1 and 0 not in served.statuses
     meanwhile = [status for when, status in served.pages if gone < when < back]
-    assert len(meanwhile) > 20 * seconds and {status for _, status in served.pages} == {200}
+    assert len(meanwhile) > 1 and {status for _, status in served.pages} == {200}
     served.assert_whole()
 
 
@@ -170,11 +180,12 @@ def test_of_two_versions_one_is_there_whenever_a_save_is_killed(engines, tmp_pat
     for _ in range(kills):
         process = PROCESSES.Process(target=save_for_ever, args=(folder, engines))
         process.start()
-        before = folder.stat().st_ino
-        while folder.exists() and folder.stat().st_ino == before:
-            assert process.is_alive()
-            time.sleep(0.001)
-        time.sleep(rng.random() / 5)
+        for _ in range(rng.randrange(1, 4)):  # so many saves
+            before = folder.stat().st_ino
+            while folder.stat().st_ino == before:
+                assert process.is_alive()
+                time.sleep(0.001)
+        time.sleep(rng.random() / 10)
         process.kill()
         process.join()
         found.add(len(Engine.load(folder).search("running shoes", k=100).items) and len(Engine.load(folder).products))

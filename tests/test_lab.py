@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -376,6 +378,30 @@ def test_killed_midway_it_is_locked_before_and_resumes_after(bench, tmp_path):
     whole = bench.run(root=tmp_path, n=9)
     assert json.loads((whole / "run.json").read_text())["reused_parts"] == 0
     assert (whole / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_any_moment_ends_where_it_would_have_ended(bench, tmp_path, kills):
+    rng, n, killed = random.Random(kills), 20, 0
+    while killed < kills:
+        n += 1
+        whole, finished = bench.run(root=tmp_path, n=n), False
+        while not finished:
+            code = f"from ecomrec import lab; lab.run('toy', {{'n': {n}}}, None, False, 'runs', 'experiments', False)"
+            process = subprocess.Popen([sys.executable, "-c", code], cwd=bench.folder)
+            folder = bench.root / whole.name
+            changed = lambda: folder.stat().st_mtime_ns if folder.exists() else 0
+            before = changed()
+            while process.poll() is None and changed() == before:
+                time.sleep(0.01)
+            try:
+                process.wait(4 * rng.random() if killed < kills else None)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+            assert process.wait() in (0, -signal.SIGKILL)
+            finished = process.returncode == 0
+        assert (whole / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
 
 
 def test_run_json_holds_no_path_of_this_machine(bench, tmp_path):

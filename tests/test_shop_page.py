@@ -2,7 +2,6 @@
 
 import http.server
 import re
-import shutil
 import socket
 import threading
 import time
@@ -22,7 +21,6 @@ from ecomrec.search.explain import linear_ranker
 from ecomrec.search.recipe import Recipe
 from ecomrec.serve.door import Keys, log_to
 from ecomrec.serve.service import Service, create_app
-from test_docs import FLAGS
 
 WORDS = {"words": 0.5, "attributes": 0.5, "vectors": 0.0}
 EVIL = "<img src=x onerror=alert(1)> <script>document.title='x'</script> red shoes"
@@ -74,19 +72,6 @@ def shop(saved, tmp_path_factory):
     running = Running(saved, tmp_path_factory.mktemp("shop"))
     yield running
     running.close()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium here: `make system` installs it")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

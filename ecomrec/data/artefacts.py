@@ -6,6 +6,7 @@
 __all__ = ['MANIFEST', 'sha256', 'content_hash', 'ArtefactError', 'write_json', 'writing', 'recovered', 'verify', 'home']
 
 # %% ../../nbs/data/02_artefacts.ipynb #00000002
+import ctypes
 import glob
 import hashlib
 import json
@@ -92,6 +93,13 @@ def _moved_aside(folder: Path) -> list[Path]:
     return list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old"))
 
 
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders take each other's names at once, so that there is never none; False where the system cannot (only Linux can)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
 @contextmanager
 def writing(folder: Path | str) -> Iterator[Path]:
     """Write a folder so that it appears complete, with a manifest, or not at all.
@@ -113,9 +121,10 @@ def writing(folder: Path | str) -> Iterator[Path]:
         files = sorted(path for path in half.rglob("*") if path.is_file() and path != half / MANIFEST)
         write_json(half / MANIFEST, {path.relative_to(half).as_posix(): sha256(path) for path in files})
         half.chmod(0o755)
-        if folder.exists():
-            os.replace(folder, half.with_name(half.name + ".old"))
-        os.replace(half, folder)
+        if not (folder.exists() and _exchanged(half, folder)):
+            if folder.exists():
+                os.replace(folder, half.with_name(half.name + ".old"))
+            os.replace(half, folder)
         for old in _moved_aside(folder):
             shutil.rmtree(old)
     finally:

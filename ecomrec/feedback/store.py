@@ -422,7 +422,7 @@ def _insert_events(connection: sa.Connection, rows: list[dict]) -> set[str]:
     return set(connection.scalars(insert.on_conflict_do_nothing().returning(_EVENTS.c.event_id), rows))
 
 
-def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[list[dict]]) -> tuple[list[int], int]:
+def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[list[dict]]) -> tuple[list[set[str]], int]:
     """Write events that are not there yet.
 
     Args:
@@ -430,23 +430,22 @@ def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[li
         keyring: Seals the personal fields.
         batches: Checked rows.
     Returns:
-        How many of each batch were new, and how many of all had the id of another event.
+        The ids of each batch that were new, and how many of all had the id of another event.
     """
     rows = sorted((row for batch in batches for row in batch), key=lambda row: row["event_id"])
     if not rows:
-        return [0] * len(batches), 0
+        return [set() for _ in batches], 0
     new = _insert_events(connection, sealed_rows(keyring, "events", rows))
     repeated = [row for row in rows if row["event_id"] not in new]
     if len(repeated) + len(new) < len(rows):  # an id stands twice among these
         repeated = rows
     known = _stored(connection, keyring, sorted({row["event_id"] for row in repeated}))
     differ = sum(row != known[row["event_id"]] for row in repeated)
-    counts = []
+    each = []
     for batch in batches:
-        mine = {row["event_id"] for row in batch} & new
-        new -= mine
-        counts.append(len(mine))
-    return counts, differ
+        each.append({row["event_id"] for row in batch} & new)
+        new -= each[-1]
+    return each, differ
 
 
 def _put_users(connection: sa.Connection, keyring: Keyring, rows: Sequence[Mapping]) -> None:
@@ -620,10 +619,10 @@ class Store:
                 connection.exec_driver_sql(f"LOCK TABLE events IN {'SHARE ROW' if jobs[0].change else 'ROW'} EXCLUSIVE MODE")
             if jobs[0].change:
                 return [jobs[0].change(connection)]
-            counts, differ = insert_new(connection, self.keyring, [job.rows for job in jobs])
-        repeated = sum(len(job.rows) for job in jobs) - sum(counts)
-        self.counts.update(new=sum(counts), repeated=repeated - differ, different=differ)
-        return counts
+            each, differ = insert_new(connection, self.keyring, [job.rows for job in jobs])
+        new = sum(map(len, each))
+        self.counts.update(new=new, repeated=sum(len(job.rows) for job in jobs) - new - differ, different=differ)
+        return each
 
     def _change(self, change: Callable[[sa.Connection], object]) -> object:
         return self._told(self._writer.put(_Job(change=change)))
@@ -640,7 +639,7 @@ class Store:
         Args:
             events: As for `append`.
         Returns:
-            Ends with how many were new once they are on the disk, or with StoreGone; `asyncio.wrap_future` lets one await it.
+            Ends with the ids of those that were new, a set, once they are on the disk, or with StoreGone; `asyncio.wrap_future` lets one await it.
         Raises:
             EventError, StoreFull: As `append`.
         """
@@ -659,7 +658,7 @@ class Store:
             StoreFull: If too many events wait already.
             StoreGone: If the database did not answer in time. Nothing was acknowledged; sending it again is safe.
         """
-        return self._told(self.submit(events))
+        return len(self._told(self.submit(events)))
 
     def put_users(self, users: pd.DataFrame) -> int:
         """Write what users told of themselves, in place of what they told before.

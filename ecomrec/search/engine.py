@@ -120,6 +120,7 @@ class Options:
         fold: Show one of the variants of a product, the best.
         diversity: How much it counts against a product that it is like one above it, 0 to 1 (maximal marginal relevance).
         explore: Draw the page instead of sorting it, in proportion to exp(score / explore) (Plackett-Luce); the page then holds its propensities.
+        rerank: So many of the best of a search are put in order by the cross-encoder, which reads each of them anew: some milliseconds a product.
         seed: Of the draw; the next page of the same draw needs the same seed.
         facets: Columns whose values are counted over all that can be paged through; a column's own filter is left out of its counts.
         explain: Tell the parts of every score.
@@ -137,6 +138,7 @@ class Options:
     fold: bool = True
     diversity: float = 0.0
     explore: float = 0.0
+    rerank: int = 0
     seed: int | None = None
     facets: Sequence[str] = ()
     explain: bool = False
@@ -148,8 +150,9 @@ class Options:
         whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
         if not whole(self.k) or self.k < 1:
             raise EngineError(f"k must be positive and a whole number, not {self.k!r}")
-        if not whole(self.offset) or self.offset < 0:
-            raise EngineError(f"offset must be a whole number of 0 or more, not {self.offset!r}")
+        for name in ("offset", "rerank"):
+            if not whole(getattr(self, name)) or getattr(self, name) < 0:
+                raise EngineError(f"{name} must be a whole number of 0 or more, not {getattr(self, name)!r}")
         if not 0 <= self.diversity <= 1 or not 0 <= self.explore < np.inf:
             raise EngineError(f"diversity must lie between 0 and 1 and explore be 0 or more, not {self.diversity!r} and {self.explore!r}")
         if (self.sort is not None) + (self.diversity > 0) + (self.explore > 0) > 1:
@@ -300,6 +303,7 @@ class Engine:
         voice: A trained shopper model, heard in searches and recommendations.
         query_encoder: A quick export of the encoder, for queries; see `quicken`.
         open_encoder: Opens the encoder when something else than a query must be encoded, in place of `encoder`.
+        cross_encoder: Scores texts for a query, (queries, texts) -> (texts,), such as `score_pairs` of a fine-tuned one; for `rerank`, and not saved.
         version: Stands as `policy` in the log.
         cache: How many vectors of queries are kept.
     """
@@ -321,10 +325,11 @@ class Engine:
         open_encoder: "Callable[[], SentenceTransformer] | None" = None,
         version: str = "unsaved",
         cache: int = 1024,
+        cross_encoder: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None,
     ):
         self.catalogue, self.lexical, self.dense = Catalogue(products), lexical, dense
         self._encoder, self._open, self.query_encoder = encoder, open_encoder, query_encoder
-        self.recipe, self.encoder_name, self.fields = recipe, encoder_name, tuple(fields)
+        self.recipe, self.encoder_name, self.fields, self.cross_encoder = recipe, encoder_name, tuple(fields), cross_encoder
         self._memory, self.follows, self.rankers, self.voice, self.version = memory, follows, dict(rankers or {}), voice, version
         if voice is not None:
             voice.attach(self.products["item_id"], dense.vectors)
@@ -452,16 +457,19 @@ class Engine:
 
     def known_between(self, user: str) -> tuple[int, int] | None:
         """Moments of the first and the last thing that is remembered of a shopper, milliseconds since the epoch; None where there is nothing."""
-        told = np.zeros(0, EVENT) if self._memory is None else self.memory.histories(user, np.iinfo(np.int64).max)
-        return (int(told["ts"].min()), int(told["ts"].max())) if len(told) else None
+        if self._memory is None:
+            return None
+        told = self.memory.histories(user, np.iinfo(np.int64).max)
+        return (0, self.until) if user in self.memory.people else (int(told["ts"].min()), int(told["ts"].max())) if len(told) else None
 
     def forget(self, user: str) -> bool:
         """Drop what is remembered of a shopper; says whether there was anything."""
+        known = self._memory is not None and self.memory.forget(user)
         self.vector_of.cache_clear()
         if self.voice is not None:
             self.voice.asked.clear()
         self.__dict__.pop("_suggestions", None)
-        return self._memory is not None and self.memory.forget(user)
+        return known
 
     def rename_users(self, name: Callable[[str], str]) -> None:
         """Call every shopper by another name, such as a pseudonym; right after loading."""
@@ -671,6 +679,8 @@ class Engine:
         rows = self._coming_in(asked, allowed, wanted.k)
         x = self._features(ranker.names, asked, rows)
         parts = contributions(ranker, x)
+        if wanted.rerank and asked.surface == "search":
+            parts["cross_encoder"] = self._reread(asked, rows, parts.to_numpy().sum(axis=1), wanted.rerank)
         scores = parts.to_numpy().sum(axis=1)
         places, propensity, n, total = _arranged(asked.catalogue, self.dense, rows, scores, wanted)
         shown = rows[places]
@@ -682,6 +692,16 @@ class Engine:
         facets = {name: self._counted(asked, rows, name, wanted) for name in wanted.facets}
         why = reasons(parts.iloc[places], _facts(self, asked, shown, ranker.names, x[places]), wanted.language) if wanted.explain else []
         return Page(query, columns, note, total, facets, why, asked.surface)
+
+    def _reread(self, asked: _Asked, rows: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
+        """What lifts the best n above all others, in the order of the cross-encoder, (items,)."""
+        if self.cross_encoder is None:
+            raise EngineError("rerank: this engine has no cross-encoder; give it one, or ask for 0")
+        best, lift = asked.catalogue.best(rows, scores)[:n], np.zeros(len(rows))
+        if len(best):
+            said = self.cross_encoder([asked.query] * len(best), product_text(asked.catalogue.products.iloc[rows[best]], self.fields))
+            lift[best] = scores.max() + 1 + scaled(np.asarray(said)[None])[0] - scores[best]
+        return lift
 
     def _counted(self, asked: _Asked, rows: np.ndarray, name: str, wanted: Options) -> list[tuple[Any, int]]:
         """A facet over the candidates: without its own filter, so that the other values can be added; variants count once where they are folded."""

@@ -164,7 +164,9 @@ class ShopperVoice:
         for place in np.flatnonzero(history["query"] >= 0):
             text = texts[history["query"][place]]
             told = self.queries.get(text, self.asked.get(text))
-            told = vector_of(text) if told is None and vector_of is not None else told
+            if told is None and vector_of is not None:
+                told = vector_of(text)
+                self.hear(text, told)
             query[place + 1] = 0 if told is None else told
         query[-1] = 0 if vector is None else vector
         asks = np.append(~acts, True)
@@ -175,8 +177,9 @@ class ShopperVoice:
         return {name: torch.from_numpy(np.ascontiguousarray(values[begins:][-config.length :]))[None] for name, values in tokens.items() if name not in self.unread}
 
     def hear(self, text: str, vector: np.ndarray) -> None:
-        """Know the vector of a query that is asked now; the last ones are known, for the histories of those who asked them."""
+        """Know the vector of a query for the histories of those who asked it; the last ones are known."""
         self.asked[text] = vector
+        self.asked.move_to_end(text)
         while len(self.asked) > _ASKED:
             self.asked.popitem(last=False)
 

@@ -29,7 +29,6 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -52,7 +51,6 @@ import ecomrec
 from ..data.artefacts import write_json
 from ..data.features import DAY
 from ..data.logs import ACTIONS
-from ..data.memory import LATE
 from ..data.privacy import PSEUDONYM
 from ..data.tables import KINDS, SURFACES
 from ..feedback.store import EventError, StoreError, StoreFull, StoreGone
@@ -502,7 +500,7 @@ class Service:
     def __init__(self, load: Callable[[], Any], store: Any, erased: Path | str, threads: int | None = None, cache: int = 1024):
         self.load, self.store, self.erased, self.meters = load, store, Path(erased), Meters()
         self.pages = Workers(threads or os.cpu_count() or 1, 64, "page")
-        self.writers = Workers(2, 256, "event")
+        self.writers, self.health = Workers(2, 256, "event"), Workers(1, 16, "health")
         self.cache, self.most_cached, self.at_cache = OrderedDict(), cache, threading.Lock()
         self.unseen, self.observing, self.missed, self.loading = deque(), threading.Lock(), None, threading.Lock()
         self.erasures: dict[str, float] = {}  # when, on the clock of time.monotonic: what was on its way then is not learned any more
@@ -520,18 +518,16 @@ class Service:
         """The pseudonym of a user of a caller's tenant."""
         return None if user_id is None else self.store.pseudonym(_of_tenant(caller, user_id))
 
-    def _alias(self, name: str) -> str:
-        """The pseudonym of somebody in an engine's log; a log that came out of the store holds no other names."""
-        return name if PSEUDONYM.fullmatch(name) else self.store.pseudonym(name)
-
     # pages
     def page(self, asked: ToRecommend, caller: Caller) -> bytes:
         """Compute a page, hand what it shows to the log, and return it as JSON; runs in a thread."""
         engine, user, request, born = self.engine, self.user(caller, asked.user_id), uuid.uuid4().hex, time.monotonic()
         said, surface = self._cached(asked, engine, user)
         shown = said | {"request_id": _of_tenant(caller, request)}
-        if self.erasures.get(user, 0.0) < born:
-            self.log.put(page_rows(shown, surface, _this_moment(), user, asked.session_id and _of_tenant(caller, asked.session_id), asked.device))
+        rows = page_rows(shown, surface, _this_moment(), user, asked.session_id and _of_tenant(caller, asked.session_id), asked.device)
+        with self.log.news:
+            if self.erasures.get(user, 0.0) < born:
+                self.log.put(rows)
         return to_json(said | {"request_id": request}, inf_nan_mode="null")
 
     def _cached(self, asked: ToRecommend, engine: Any, user: str | None) -> tuple[dict[str, Any], str]:
@@ -600,14 +596,14 @@ class Service:
             raise Refused(503, "the events cannot be kept now; send them again", wait=1) from error
         except EventError as error:
             raise Refused(422, _sentence(error)) from error
-        self.meters.events.labels("sent").inc(new)
+        self.meters.events.labels("sent").inc(len(new))
         seen = Future()
         seen.set_running_or_notify_cancel()
-        self.unseen.append((rows, born, seen))
+        self.unseen.append(([row for row in rows if row["event_id"] in new], born, seen))
         self.writers.pool.submit(self._observe)
         await asyncio.wrap_future(seen)
         self.meters.visible.observe(time.perf_counter() - arrived)
-        return {"kept": new, "known": len(rows) - new}
+        return {"kept": len(new), "known": len(rows) - len(new)}
 
     def _observe(self) -> None:
         """Tell the engine of all that it has not seen yet: who comes while it listens shares the next time."""
@@ -634,7 +630,7 @@ class Service:
         """
         user = self.user(caller, user_id)
         with self.log.writing:
-            self.erasures[user] = time.monotonic()
+            self._erasing(user)
             waited, before, told = self.log.drop(user), self._erased(), self.engine.known_between(user)
             write_json(self.erased, sorted({*before, user}))  # before anything is removed: half an erasure can be finished
             try:
@@ -642,7 +638,7 @@ class Service:
             except StoreError as error:
                 raise Refused(503, "the store cannot be reached now; erase again", wait=1) from error
             with self.observing:
-                self.erasures[user] = time.monotonic()
+                self._erasing(user)
                 remembered = self.engine.forget(user)
                 self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
             self._nothing_cached()
@@ -652,7 +648,14 @@ class Service:
                 raise Refused(404, "no such user of this key", "user_id")
         if caller.tenant == TENANT:
             self.names = [name for name in self.names if name != user_id]
-        return {"rows": waited + done.rows, "key_destroyed": done.key_destroyed, "forgotten": remembered, "derived": [str(one.path) for one in done.derived]}
+        return {"rows": waited + done.rows, "key_destroyed": done.key_destroyed, "forgotten": remembered, "derived": [str(one.path) for one in done.derived], "overwritten": done.overwritten}
+
+    def _erasing(self, user: str) -> None:
+        """Note the moment; what was on its way a minute ago has arrived, unless a model is being loaded."""
+        now = time.monotonic()
+        with self.log.news:
+            kept = self.erasures if self.missed is not None else {name: at for name, at in self.erasures.items() if at > now - 60}
+            self.erasures = kept | {user: now}
 
     def _erased(self) -> list[str]:
         return json.loads(self.erased.read_text(encoding="utf-8")) if self.erased.exists() else []
@@ -660,12 +663,17 @@ class Service:
     # models
     def _opened(self) -> Any:
         engine = self.load()
-        self.loaded_names = [name for name in engine.users[:50] if not PSEUDONYM.fullmatch(name)]
-        engine.rename_users(self._alias)
+        users, since = engine.users, engine.until - DAY  # so late may events have come that the model's log does not hold
+        own = bool(users) and all(PSEUDONYM.fullmatch(name) for name in users)  # a log that came out of the store
+        self.loaded_names = [] if own else users[:50]
+        if not own:
+            engine.rename_users(self.store.pseudonym)
         for user in self._erased():
             engine.forget(user)
-        for some in self.store.acts(since=engine.until - LATE):
-            engine.observe(some, stored=True)
+        known = engine.memory.ids(since)
+        for some in self.store.acts(since):
+            fresh = some[~some["event_id"].isin(known)]
+            engine.observe(fresh.astype(object).where(fresh.notna(), None).to_dict("records"), stored=True)
         probe(engine)
         return engine
 
@@ -689,13 +697,12 @@ class Service:
                 self.missed = []
             fresh = self._opened()
             with self.observing:
-                for user, at in self.erasures.items():
+                for user, at in list(self.erasures.items()):
                     if at > began:
                         fresh.forget(user)
                 if self.missed:
                     fresh.observe([dict.fromkeys(_COLUMNS) | row for row in self.missed], stored=True)
                 self.engine = fresh
-            self._named()
         except Exception as error:
             self.meters.loads.labels("refused").inc()
             say("model refused", error, kept=before)
@@ -705,6 +712,8 @@ class Service:
             with self.observing:
                 self.missed = None
             self.loading.release()
+        self._nothing_cached()  # nor does any page hold the old one
+        self._named()
         self.news.set()
         self.meters.loads.labels("served").inc()
         say("model served", policy=fresh.version, before=before)
@@ -712,11 +721,13 @@ class Service:
 
     def read_counters(self) -> None:
         """Count anew what is popular and clicked, as of the last midnight, if the store has events of before that the model may not know."""
-        engine, now = self.engine, _this_moment()
-        stored = self.store.events(since=engine.until - LATE, until=now // DAY * DAY)
+        engine, now, before = self.engine, _this_moment(), self.erasures
+        stored = self.store.events(since=engine.until - DAY, until=now // DAY * DAY)
         if len(stored):
             engine.memory.refresh(now, stored)
             self._nothing_cached()
+        if self.erasures is not before:  # somebody who was read was erased
+            self.read_counters()
 
     def _read_daily(self) -> None:
         while True:
@@ -742,10 +753,10 @@ class Service:
         """Finish what runs and write what waits; the store stays open."""
         self.closing = True
         self.news.set()
-        for workers in (self.pages, self.writers):
+        for workers in (self.pages, self.writers, self.health):
             workers.close()
         self.log.close()
-        self.reader.join()
+        self.reader.join(5)  # what it counts is not needed any more
 
 
 def _this_moment() -> int:
@@ -801,7 +812,7 @@ def _presented(headers: Mapping[str, str]) -> str | None:
 def _from_elsewhere(headers: Mapping[str, str]) -> bool:
     """Whether a browser says that another site's page sends it: where no key is asked for, its user would not know."""
     origin = headers.get("origin")
-    return headers.get("sec-fetch-site") in ("cross-site", "same-site") or (origin is not None and urlsplit(origin).netloc != headers.get("host"))
+    return headers.get("sec-fetch-site") in ("cross-site", "same-site") or (origin is not None and origin.partition("://")[2] != headers.get("host"))
 
 
 class Door:
@@ -822,7 +833,10 @@ class Door:
     def _enter(self, request: Request) -> Caller | None:
         """Who asks; None where that does not matter."""
         path, address = request.url.path, f"address {request.client.host if request.client else ''}"
-        free = (path in _OPEN or path.startswith("/images/")) and request.method in ("GET", "HEAD")
+        looks = request.method in ("GET", "HEAD")
+        if looks and path.startswith("/images/"):
+            return None  # many for each page
+        free = path in _OPEN and looks
         key = None if self.keys is None or free else _presented(request.headers)
         caller = Caller("anyone", admin=True) if self.keys is None else None if key is None else self.keys.who(key)
         self.buckets.take(f"key {caller.name}" if caller and self.keys else address, time.monotonic())
@@ -852,7 +866,7 @@ class Door:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                there = {name for name, _ in message["headers"]}
+                there = {name for name, _ in message["headers"]} | ({b"cache-control"} if scope["path"].startswith("/images/") else set())
                 message["headers"] = [*message["headers"], *((name.encode(), value.encode()) for name, value in _ALWAYS.items() if name.encode() not in there)]
             await send(message)
 
@@ -927,12 +941,13 @@ class Kept(BaseModel):
 
 
 class Erased(BaseModel):
-    """What was erased, and what was made from it before: models and exports forget when they are made again."""
+    """What was erased, what was made from it before (models and exports forget when they are made again), and whether its bytes are gone from the database's files already."""
 
     rows: int
     key_destroyed: bool
     forgotten: bool
     derived: list[str]
+    overwritten: bool
 
 
 class Served(BaseModel):
@@ -1032,7 +1047,7 @@ def _log_routes(app: APIRouter, service: Service) -> None:
 
     @app.get("/users", summary="Some known users, for trying it out", responses={401: _NO[401], 429: _NO[429]})
     async def users(request: Request) -> dict[str, list[str]]:
-        return {"users": service.names if request.state.caller.admin else []}
+        return {"users": service.names if request.state.caller.admin and request.state.caller.tenant == TENANT else []}
 
 
 def _model_routes(app: APIRouter, service: Service) -> None:
@@ -1058,7 +1073,7 @@ def _health_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/readyz", summary="Which model serves, and whether events can be kept", responses={429: _NO[429], 503: _NO[503]})
     async def readyz() -> Response:
-        return _as_json({"policy": service.engine.version, "store": await asyncio.to_thread(service.store.ready)})  # pages go on without
+        return _as_json({"policy": service.engine.version, "store": await service.health.run(service.store.ready)})  # pages go on without
 
 # %% ../../nbs/serve/02_service.ipynb #9487f0fd
 class ServeError(ValueError):
@@ -1110,7 +1125,7 @@ def serve(
     Args:
         load: Opens the engine.
         store: An open store.
-        state: Folder for the keys, which are made where they are missing, and the list of those who were erased.
+        state: Folder for the keys of callers, which are made where they are missing.
         host: Address to listen on.
         port: Port to listen on; 0 for any that is free.
         auth: Ask for keys.
@@ -1126,7 +1141,7 @@ def serve(
         raise ServeError(f"{images}: is no folder; name the one that holds the products' pictures with --images")
     Path(state).mkdir(mode=0o700, parents=True, exist_ok=True)
     with listening(host, port) as door:
-        service = Service(load, store, Path(state) / "erased.json", cache=cache)
+        service = Service(load, store, store.keyring.folder / "erased.json", cache=cache)  # where the keys are, which nobody loses
         keys, first = keys_of(Path(state) / "api_keys.json") if auth else (None, None)
         names = ["localhost", "127.0.0.1", "[::1]", host] if is_loopback(host) else ["*"]
         app = create_app(service, keys, rate, names, images)

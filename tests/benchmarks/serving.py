@@ -3,16 +3,18 @@
     python tests/benchmarks/serving.py                  both shops, caches off and on; prints a table and writes results/serving.json
     python tests/benchmarks/serving.py --seconds 3      the same, shorter and noisier
     python tests/benchmarks/serving.py --sources shop   only the simulated shop
-    python tests/benchmarks/serving.py --minutes 10     besides, that many minutes at half of the load, and the memory before and after
+    python tests/benchmarks/serving.py --minutes 0      without the minutes at half of the load, and the memory before and after
 
 The service runs in a process of its own on the loopback interface, with keys, the log of pages and all; wrk (Debian) asks it. Queries are unique, users
 are drawn from the shop (Chorus has none: strangers). wrk itself needs a part of the processors that the service would have. Only ratios within one run
-mean anything on another machine.
+mean anything on another machine. "Caches off": no page and no query's vector is used again; the vectors of what a shopper asked before are part of her history.
 """
 
 import argparse
 import contextlib
 import datetime
+import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -45,7 +48,8 @@ CLIENTS = (1, 8)
 
 def engine_folder(source: str) -> Path:
     """A run's folder with the engine of a source, built once and kept in the cache folder of the repository; where there is a log, with all that one can teach."""
-    run = home() / ".cache" / "serving" / f"{source}-000000000000"
+    made = hashlib.sha256(inspect.getsource(engine_folder).encode()).hexdigest()[:12]  # of another recipe it would be another engine
+    run = home() / ".cache" / "serving" / f"{source}-{made}"
     if not (run / "engine" / MANIFEST).exists():
         print(f"building the engine of {source}", file=sys.stderr)
         shop = clean(sources.load(source))[0]
@@ -122,17 +126,19 @@ def measured(run: Path, engine: Engine, cached: bool, seconds: float) -> tuple[l
 
 
 def soaked(run: Path, engine: Engine, minutes: float, per_second: float) -> dict[str, float]:
-    """Memory before and after minutes at about a given load of all endpoints, after one minute to warm up."""
+    """Memory during minutes at about a given load of all endpoints, after one minute to warm up."""
     with serving(run) as (address, key, process, _), tempfile.TemporaryDirectory() as folder:
         lines = [line for several in zip(*asked(engine, 40_000, 99).values()) for line in several]
         bodies = Path(folder) / "mixed.txt"
         bodies.write_text("\n".join(lines) + "\n", encoding="utf-8")
         pause = 1000 * CLIENTS[-1] / per_second
         wrk(address, key, bodies, CLIENTS[-1], 60, pause)
-        before = process.memory_info().rss
-        said = wrk(address, key, bodies, CLIENTS[-1], 60 * minutes, pause)
-        after = process.memory_info().rss
-    return {"minutes": minutes, "rss_before_mib": round(before / 2**20, 1), "rss_after_mib": round(after / 2**20, 1), "change": round(after / before - 1, 4), **said}
+        with ThreadPoolExecutor(1) as crowd:
+            asking, held = crowd.submit(wrk, address, key, bodies, CLIENTS[-1], 60 * minutes, pause), [process.memory_info().rss]
+            while not asking.done():
+                time.sleep(min(60, 6 * minutes))
+                held.append(process.memory_info().rss)
+    return {"minutes": minutes, "rss_mib": [round(rss / 2**20, 1) for rss in held], "change": round(held[-1] / held[0] - 1, 4), **asking.result()}
 
 
 def table(source: str, rows: list[dict]) -> str:
@@ -146,7 +152,7 @@ def table(source: str, rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10, help="how long each cell is measured (default: 10)")
-    parser.add_argument("--minutes", type=float, default=0, help="how long memory is watched (default: not)")
+    parser.add_argument("--minutes", type=float, default=10, help="how long memory is watched, 0 for not (default: 10)")
     parser.add_argument("--sources", nargs="+", default=["shop", "chorus"], help="whose engines (default: shop chorus)")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.json", help="where the numbers go")
     arguments = parser.parse_args()
@@ -160,11 +166,13 @@ def main() -> None:
             print(f"{source} is not here: ecomrec data fetch {source}\n")
             continue
         run = engine_folder(source)
+        began = time.perf_counter()
         engine = Engine.load(run / "engine")
+        load_seconds = time.perf_counter() - began
         off, start = measured(run, engine, False, arguments.seconds)
         on, _ = measured(run, engine, True, arguments.seconds)
-        found[source] = {"products": len(engine.products), "seconds_to_first_page": round(start, 1), "cells": off + on}
-        print(f"{table(source, off + on)}\n\nfirst page {start:.1f} s after the command")
+        found[source] = {"products": len(engine.products), "seconds_to_load": round(load_seconds, 2), "seconds_to_first_page": round(start, 1), "cells": off + on}
+        print(f"{table(source, off + on)}\n\nloaded in {load_seconds:.1f} s, first page {start:.1f} s after the command")
         if arguments.minutes:
             several = pd.DataFrame(off).query("clients > 1")["per_second"]
             found[source]["soak"] = soaked(run, engine, arguments.minutes, len(several) / (1 / several).sum() / 2)
