@@ -732,10 +732,11 @@ class Store:
         return Erasure(rows, destroyed, derived, self._overwritten())
 
     def _overwritten(self) -> bool:
-        """Empty SQLite's journal, where the removed rows still stand; False while a reader holds it."""
+        """Write SQLite's file anew and empty its journal: copies of removed rows may stand where rows were moved; False while a reader holds it."""
         if self._engine.dialect.name != "sqlite":
             return False
         with _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
+            connection.exec_driver_sql("VACUUM")
             return not connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
 
     # Reading

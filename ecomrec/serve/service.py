@@ -12,6 +12,7 @@ __all__ = ['AHEAD', 'Event', 'Events', 'PATIENCE', 'PAGE', 'Asked', 'Range', 'To
 # %% ../../nbs/serve/02_service.ipynb #16f8a0b3
 import asyncio
 import datetime
+import gc
 import hashlib
 import ipaddress
 import json
@@ -1151,6 +1152,8 @@ def serve(
         if first:  # not among the lines of the log, which others keep
             print(f"key, shown this once: {first}", flush=True)
         torch.set_num_threads(1)  # of each thread that computes pages
+        gc.collect()
+        gc.freeze()  # what was loaded stays: to look through it for garbage again and again holds up pages by a third of a second
         config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=1000, timeout_graceful_shutdown=10)
         sys.setswitchinterval(0.001)  # the loop waits at most so long for each thread that computes
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends itself the signal once more when all is finished

@@ -171,17 +171,15 @@ def main() -> None:
         load_seconds = time.perf_counter() - began
         off, start = measured(run, engine, False, arguments.seconds)
         on, _ = measured(run, engine, True, arguments.seconds)
-        found[source] = {"products": len(engine.products), "seconds_to_load": round(load_seconds, 2), "seconds_to_first_page": round(start, 1), "cells": off + on}
+        found[source] = {"date": datetime.date.today().isoformat(), "load_before": round(load, 2), "seconds": arguments.seconds, "products": len(engine.products), "seconds_to_load": round(load_seconds, 2), "seconds_to_first_page": round(start, 1), "cells": off + on}
         print(f"{table(source, off + on)}\n\nloaded in {load_seconds:.1f} s, first page {start:.1f} s after the command")
         if arguments.minutes:
             several = pd.DataFrame(off).query("clients > 1")["per_second"]
             found[source]["soak"] = soaked(run, engine, arguments.minutes, len(several) / (1 / several).sum() / 2)
             print(f"memory: {found[source]['soak']}")
     versions = _versions()
-    write_json(arguments.output, {
-        "date": datetime.date.today().isoformat(), "load_before": round(load, 2), "seconds": arguments.seconds, "hardware": _hardware(),
-        "versions": {name: versions[name] for name in PACKAGES if name in versions}, "sources": found,
-    })
+    before = json.loads(arguments.output.read_text(encoding="utf-8"))["sources"] if arguments.output.exists() else {}
+    write_json(arguments.output, {"hardware": _hardware(), "versions": {name: versions[name] for name in PACKAGES if name in versions}, "sources": before | found})
 
 
 if __name__ == "__main__":
