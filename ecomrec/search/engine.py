@@ -670,7 +670,10 @@ class Engine:
         inside = np.zeros(len(allowed), bool)
         for number, scores in enumerate(asked.sources.values()):
             depth = max(self.recipe.depth, least) if number == 0 else self.recipe.depth
-            inside |= candidates(np.where(allowed, scores[: len(allowed)], -np.inf)[None], depth)[0]
+            mine = np.flatnonzero(candidates(np.where(allowed, scores[: len(allowed)], -np.inf)[None], depth)[0])
+            if len(mine) > 2 * depth:  # mere ties: what ends them on a page ends them here
+                mine = mine[asked.catalogue.best(mine, scores[mine])[:depth]]
+            inside[mine] = True
         return np.flatnonzero(inside)
 
     def _page(self, asked: _Asked, wanted: Options, query: str = "", note: str = "") -> Page:

@@ -543,8 +543,10 @@ class Service:
         held = self.cache
         found = self._computed(asked, engine, user)
         with self.at_cache:
-            held[key] = engine, found, time.monotonic() + PATIENCE  # `held` may have been forgotten meanwhile: so is this page
-            while len(held) > self.most_cached:
+            now = time.monotonic()
+            held.pop(key, None)
+            held[key] = engine, found, now + PATIENCE  # `held` may have been forgotten meanwhile: so is this page
+            while len(held) > self.most_cached or next(iter(held.values()))[2] < now:  # the oldest come first
                 held.popitem(last=False)
         return found
 
@@ -1157,5 +1159,8 @@ def serve(
         config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, proxy_headers=False, limit_concurrency=1000, timeout_graceful_shutdown=10)
         sys.setswitchinterval(0.001)  # the loop waits at most so long for each thread that computes
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn sends itself the signal once more when all is finished
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[door])
+        try:
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[door])
+        finally:
+            gc.unfreeze()
