@@ -80,7 +80,9 @@ def test_search_filter_click_buy_and_see_the_page_change_in_jupyterlab(chromium,
         for _ in range(1200):
             now = cards.all_inner_texts()
             if now and now != before and page.locator(".jp-NotebookPanel-toolbar [data-status=idle]").count():
-                return now
+                page.wait_for_timeout(500)
+                if cards.all_inner_texts() == now:  # not in the middle of a change
+                    return now
             page.wait_for_timeout(100)
         raise AssertionError("nothing has changed")
 
