@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pandas as pd
 import pytest
 from safetensors.torch import load_file
-from writers import PROCESSES, batch_of, save_for_ever, serve_for_ever, train_once
+from writers import PROCESSES, batch_of, save_for_ever, serve_for_ever, strike_under, train_once
 
 from ecomrec.data.tables import check
 from ecomrec.feedback.store import Store
@@ -124,32 +124,16 @@ class Served:
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_killed_service_starts_again_by_itself_and_has_lost_nothing(engines, address, tmp_path, kills):
-    rng, served = random.Random(kills), Served(engines[0], address, tmp_path, threads=4)
-    for _ in range(kills):
-        goal = len(served.acknowledged) + rng.randrange(1, 60)
-        served.wait(lambda: len(served.acknowledged) >= goal)
-        time.sleep(rng.random() / 50)
-        served.kill()
-        served.start()
-    goal = len(served.acknowledged) + 4
-    served.wait(lambda: len(served.acknowledged) >= goal)
-    served.end()
+    served = Served(engines[0], address, tmp_path, threads=4)
+    strike_under(served, kills, 60, lambda: (served.kill(), served.start()))
     assert 0 in served.statuses and len(served.acknowledged) > kills
     served.assert_whole()
 
 
 @pytest.mark.parametrize("kills", [4, KILLS[1]])
 def test_events_of_a_service_survive_kills_of_its_database(engines, postgres, tmp_path, kills):
-    rng, served = random.Random(kills), Served(engines[0], postgres.database(), tmp_path, threads=4)
-    for _ in range(kills):
-        goal = len(served.acknowledged) + rng.randrange(1, 40)
-        served.wait(lambda: len(served.acknowledged) >= goal)
-        time.sleep(rng.random() / 50)
-        postgres.kill()
-        postgres.start()
-    goal = len(served.acknowledged) + 4
-    served.wait(lambda: len(served.acknowledged) >= goal)
-    served.end()
+    served = Served(engines[0], postgres.database(), tmp_path, threads=4)
+    strike_under(served, kills, 40, lambda: (postgres.kill(), postgres.start()))
     assert {status for _, status in served.pages} == {200} and len(served.acknowledged) > kills
     served.assert_whole()
 
@@ -188,7 +172,8 @@ def test_of_two_versions_one_is_there_whenever_a_save_is_killed(engines, tmp_pat
         time.sleep(rng.random() / 10)
         process.kill()
         process.join()
-        found.add(len(Engine.load(folder).search("running shoes", k=100).items) and len(Engine.load(folder).products))
+        engine = Engine.load(folder)
+        found.add(len(engine.search("running shoes", k=100)) and len(engine.products))
     assert found == {40, 60}
 
 

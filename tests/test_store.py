@@ -20,7 +20,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from writers import EVENT, NOON, PROCESSES, append_for_ever, batch_of, open_and_append
+from writers import EVENT, NOON, PROCESSES, append_for_ever, batch_of, open_and_append, strike_under
 
 from ecomrec.data.logs import read_log
 from ecomrec.data.sources import load
@@ -531,18 +531,9 @@ class Load:
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_a_killed_server_loses_and_tears_nothing(postgres, tmp_path, kills):
-    rng = random.Random(kills)
     with Store(postgres.database(), tmp_path / "keys", patience=120) as store:
         load = Load(store, threads=4)
-        for _ in range(kills):
-            goal = len(load.acknowledged) + rng.randrange(1, 40)
-            load.wait(lambda: len(load.acknowledged) >= goal)
-            time.sleep(rng.random() / 50)
-            postgres.kill()
-            postgres.start()
-        goal = len(load.acknowledged) + 4
-        load.wait(lambda: len(load.acknowledged) >= goal)  # it goes on by itself
-        load.end()
+        strike_under(load, kills, 40, lambda: (postgres.kill(), postgres.start()))
         assert load.refused == []
         assert_whole(store, load.acknowledged)
 

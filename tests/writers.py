@@ -3,7 +3,10 @@
 import hashlib
 import multiprocessing
 import os
+import random
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,6 +54,19 @@ def seal_for_ever(folder: Path, told: Path, life: int) -> None:
         owner = f"{life}-{number}"
         os.write(file, f"{owner} {keyring.encrypt(owner, 'query', owner).hex()}\n".encode())
         number += 1
+
+
+def strike_under(load, kills: int, most: int, strike: Callable[[], object]) -> None:
+    """Strike at random moments while a load is acknowledged, at most so many apart; then it must go on by itself, and ends."""
+    rng = random.Random(kills)
+    for _ in range(kills):
+        goal = len(load.acknowledged) + rng.randrange(1, most)
+        load.wait(lambda: len(load.acknowledged) >= goal)
+        time.sleep(rng.random() / 50)
+        strike()
+    goal = len(load.acknowledged) + 4
+    load.wait(lambda: len(load.acknowledged) >= goal)
+    load.end()
 
 
 def serve_for_ever(saved: Path, address: str | Path, folder: Path, said: Path, room: int = 10_000) -> None:
