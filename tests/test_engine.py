@@ -12,6 +12,7 @@ from ecomrec.data.cleaning import clean
 from ecomrec.data.memory import Memory
 from ecomrec.data.simulator import simulate
 from ecomrec.data.sources import Tables
+from ecomrec.data.tables import TableError
 from ecomrec.search.catalogue import SORTS, Catalogue, FilterError
 from ecomrec.search.engine import Engine, EngineError, UnknownItem, diversified, follows_of
 from ecomrec.search.explain import LANGUAGES, linear_ranker
@@ -98,6 +99,16 @@ def test_trees_rank_and_are_explained(shop):
     engine = Engine.from_products(shop.products, users=shop.users, events=shop.events, recipe=WORDS, rankers={"search": trees})
     page = engine.search("running shoes", user=engine.users[0], now=engine.until + 1, explain=True)
     assert len(page) and np.allclose([sum(reason.contribution for reason in told) for told in page.reasons], page.items["score"])
+
+
+def test_users_of_whom_only_ids_are_known_are_like_unknown_ones(engine, shop):
+    pages = [
+        Engine.from_products(shop.products, users=users, events=shop.events, recipe=WORDS, rankers=engine.rankers).search("running shoes", user=engine.users[0], now=engine.until + 1)
+        for users in (shop.users[["user_id"]], None)
+    ]
+    assert len(pages[0]) and pages[0].items.equals(pages[1].items)
+    with pytest.raises(TableError, match="user_id"):
+        Engine.from_products(shop.products, users=shop.users[["age"]], events=shop.events, recipe=WORDS)
 
 
 def test_the_order_in_which_events_arrive_leaves_the_same_memory(shop):

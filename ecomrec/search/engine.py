@@ -356,7 +356,7 @@ class Engine:
         Args:
             products: Columns item_id, title, and any other of the products table.
             judgements: Judged queries to fit the recipe on; the default recipe if left out.
-            users: The users table.
+            users: The users table; its column user_id is enough.
             events: The log, clean; the engine then knows its shoppers.
             recipe: Use this recipe as it is.
             rankers, voice: As for `Engine`.
@@ -375,6 +375,7 @@ class Engine:
         if judgements is not None and recipe is None:
             given = fit_recipe(products, check("judgements", judgements, where="Engine.from_products"), dense, opened)
         lexical = lexical_voices(products, given.lexical)
+        users = None if users is None else check("users", users, where="Engine.from_products")
         memory = Memory(products, users, check("events", events, "clean", where="Engine.from_products")) if events is not None else None
         follows = follows_of(products, events) if events is not None else None
         return cls(products, lexical, dense, opened, given, name, fields, memory, follows, rankers, voice)
