@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from test_sequences import whole_of
 from torch import nn
+from writers import split_of
 
 from ecomrec.data.artefacts import ArtefactError
 from ecomrec.data.sequences import leave_last_out
@@ -96,13 +97,8 @@ def test_two_processes_equal_one(tmp_path):
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in exact)
 
 
-def small():
-    rng = np.random.default_rng(0)
-    return leave_last_out(whole_of([rng.integers(0, 10, 6).tolist() for _ in range(60)]))
-
-
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
-    split, schedule = small(), Schedule(epochs=1)
+    split, schedule = split_of(0), Schedule(epochs=1)
     train_shopper(split, config_of(split.train, dim=8), schedule, folder=tmp_path / "run", progress=False)
     for other in (Schedule(epochs=1, seed=1), Schedule(epochs=1, learning_rate=0.1)):
         with pytest.raises(TrainingError, match="holds a training of other data, settings or another model"):
@@ -114,7 +110,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
 
 
 def test_more_epochs_go_on_where_fewer_ended(tmp_path):
-    split = small()
+    split = split_of(0)
     config = config_of(split.train, dim=8)
     whole, log = train_shopper(split, config, Schedule(epochs=4, patience=4), progress=False)
     train_shopper(split, config, Schedule(epochs=2, patience=4), folder=tmp_path / "run", progress=False)
@@ -124,7 +120,7 @@ def test_more_epochs_go_on_where_fewer_ended(tmp_path):
 
 
 def test_another_model_or_other_data_in_the_same_folder_is_refused(tmp_path):
-    split = small()
+    split = split_of(0)
     config = config_of(split.train, dim=8)
     train_shopper(split, config, Schedule(epochs=1), folder=tmp_path / "run", progress=False)
     other_data = replace(split, train=split.train.keep(split.train.items != 3))

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -93,6 +94,11 @@ def _moved_aside(folder: Path) -> list[Path]:
     return list(folder.parent.glob(f".{glob.escape(folder.name)}.*.old"))
 
 
+def _abandoned(folder: Path) -> list[Path]:
+    """Halves of a folder that nobody has touched for a day: their writer was killed."""
+    return [half for half in folder.parent.glob(f".{glob.escape(folder.name)}.*") if half.is_dir() and half.stat().st_mtime < time.time() - 86_400]
+
+
 def _exchanged(one: Path, other: Path) -> bool:
     """Let two folders take each other's names at once, so that there is never none; False where the system cannot (only Linux can)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
@@ -125,8 +131,8 @@ def writing(folder: Path | str) -> Iterator[Path]:
             if folder.exists():
                 os.replace(folder, half.with_name(half.name + ".old"))
             os.replace(half, folder)
-        for old in _moved_aside(folder):
-            shutil.rmtree(old)
+        for old in _moved_aside(folder) + _abandoned(folder):
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(half, ignore_errors=True)
 

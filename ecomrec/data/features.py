@@ -9,18 +9,17 @@ __all__ = ['DAY', 'PRIOR', 'INTEREST', 'CONTEXT', 'USER', 'ITEM', 'CROSS', 'FEAT
 # %% ../../nbs/data/10_features.ipynb #00000002
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import narwhals as nw
 import numpy as np
 import pandas as pd
-from sklearn.compose import ColumnTransformer, make_column_selector
-from sklearn.decomposition import PCA, FactorAnalysis
-from sklearn.impute import SimpleImputer
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from .relations import WHOLE, cents, coded, flag, known_before, length, rounded, settle, to_pandas
 from .tables import TableError
+
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
 
 # %% ../../nbs/data/10_features.ipynb #fea70001
 DAY = 86_400_000  # milliseconds
@@ -331,7 +330,7 @@ def pair_features(
     return np.stack(list(columns.values()), axis=-1).astype(np.float32), tuple(columns)
 
 # %% ../../nbs/data/10_features.ipynb #fea7001c
-def encoder(reduce: str | None = None, n_components: int = 8) -> Pipeline:
+def encoder(reduce: str | None = None, n_components: int = 8) -> "Pipeline":
     """Features as a matrix for linear models and networks: gaps filled by the median and marked, columns scaled, texts as 0 and 1.
 
     Args:
@@ -342,6 +341,12 @@ def encoder(reduce: str | None = None, n_components: int = 8) -> Pipeline:
     Raises:
         ValueError: If the way to reduce is not known.
     """
+    from sklearn.compose import ColumnTransformer, make_column_selector  # a second to import, for this function alone
+    from sklearn.decomposition import PCA, FactorAnalysis
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, StandardScaler
+
     reducers = {None: [], "pca": [PCA(n_components, random_state=0)], "factors": [FactorAnalysis(n_components, random_state=0)]}
     if reduce not in reducers:
         raise ValueError(f"reduce must be 'pca', 'factors' or None, not {reduce!r}")

@@ -329,12 +329,14 @@ class Memory:
         return np.stack([np.asarray(columns[name], np.float32) for name in PAIR_FEATURES], axis=1)
 
 # %% ../../nbs/data/16_memory.ipynb #8bb15743
-def save_memory(memory: Memory, folder: Path) -> None:
+def save_memory(memory: Memory, folder: Path) -> set[str]:
     """Write a memory's files into a folder that is there.
 
     Args:
         memory: What to save; shoppers stand under the names that they have now.
         folder: Made by `artefacts.writing`, which adds the checksums.
+    Returns:
+        The queries that somebody asked who is not forgotten; no other one is written.
     """
     log = memory.whole_log()
     log.to_parquet(folder / "log.parquet", index=False)
@@ -342,10 +344,11 @@ def save_memory(memory: Memory, folder: Path) -> None:
     pd.DataFrame(rows).assign(user_id=names).to_parquet(folder / "histories.parquet", index=False)
     memory.users.reset_index().to_parquet(folder / "users.parquet", index=False)
     pd.DataFrame(memory.counters).to_parquet(folder / "counters.parquet", index=False)
-    told = set(log["query"].dropna())  # what only a forgotten shopper typed is not written
+    told = set(log["query"].dropna())
     clicks = [pd.DataFrame({"query": query, "item": items, "clicks": counts}) for query, (items, counts) in memory.clicks.items() if query in told]
     pd.concat([pd.DataFrame({"query": pd.Series(dtype="str"), "item": pd.Series(dtype="int64"), "clicks": pd.Series(dtype="int64")}), *clicks]).to_parquet(folder / "clicks.parquet", index=False)
     write_json(folder / "memory.json", {"queries": [text if text in told else "" for text in memory.texts], "until": int(log["ts"].max()) if len(log) else 0})
+    return told
 
 
 def load_memory(folder: Path, products: pd.DataFrame) -> Memory:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score
 
 # %% ../../nbs/evaluate/01_metrics.ipynb #0000000c
 def _refuse(frame: pd.DataFrame, name: str, number: str) -> None:
@@ -278,6 +277,8 @@ def label_report(truth: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     Raises:
         ValueError: If there is nothing to compare, the lengths differ, or a grade is no whole number.
     """
+    from sklearn.metrics import accuracy_score, cohen_kappa_score, f1_score  # a second to import, for this function alone
+
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     if len(truth) == 0 or truth.shape != predicted.shape:
         raise ValueError(f"truth {truth.shape} and predicted {predicted.shape} must be of one length, at least 1")

@@ -37,7 +37,7 @@ from .query import Speller, normalise_query, whole_words
 from .query_encoder import EncoderChoice, QueryEncoder, choose_query_encoder
 from .ranking import ChoiceRanker, LambdaRanker, candidates, mixture, scaled
 from .recipe import TEXT_COLUMNS, LexicalVoices, Recipe, fit_recipe, hybrid_scores, legible, lexical_voices, open_dense
-from .voice import ShopperVoice
+from .voice import UNSEEN, ShopperVoice
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -764,12 +764,13 @@ def write_engine(engine: Engine, folder: Path) -> None:
             engine.query_encoder.save(folder / "query_encoder")
     for surface, ranker in engine.rankers.items():
         ranker.save(folder / f"ranker-{surface}")
+    asked = set()
     if engine._memory is not None:
         (folder / "memory").mkdir()
-        save_memory(engine.memory, folder / "memory")
+        asked = save_memory(engine.memory, folder / "memory")
     if engine.voice is not None:
         (folder / "voice").mkdir()
-        engine.voice.save(folder / "voice", told=set(engine.memory.whole_log()["query"].dropna()))  # none that only a forgotten shopper typed
+        engine.voice.save(folder / "voice", told=asked)  # none that only a forgotten shopper typed
     if engine.follows is not None:
         save_file({"data": engine.follows.data, "indices": engine.follows.indices, "indptr": engine.follows.indptr}, folder / "follows.safetensors")
     config = {"kind": "Engine", "encoder": engine.encoder_name, "fields": list(engine.fields), "recipe": asdict(engine.recipe),
@@ -827,14 +828,13 @@ def replay(engine: Engine, events: pd.DataFrame) -> Iterator[pd.Series]:
         yield from (request for _, request in today.astype(object).where(today.notna(), None).iterrows())
 
 
-def learn_order(engine: Engine, events: pd.DataFrame, examined: Sequence[float], unseen: Mapping[str, float] = {"search": 0.01, "home": 0.002}, progress: bool = True) -> None:
+def learn_order(engine: Engine, events: pd.DataFrame, examined: Sequence[float], progress: bool = True) -> None:
     """Fit the engine's rankers of searches and front pages on the clicks of a log, which it knows in the end; a surface with fewer than five clicks a feature keeps its order.
 
     Args:
         engine: Its memory, and its voice if it has one, know nothing of this log yet.
         events: As for `replay`.
         examined: How likely each place of a page is looked at, the first one 1, (places,); the last number counts for all places below.
-        unseen: How likely something is looked at that was not shown, by surface.
         progress: Show a bar.
     Raises:
         EngineError: If nothing was clicked.
@@ -856,7 +856,7 @@ def learn_order(engine: Engine, events: pd.DataFrame, examined: Sequence[float],
         at = np.searchsorted(rows, code[code >= 0])
         look, clicks = np.zeros(len(rows)), np.zeros(len(rows))
         seen = np.asarray(examined, float)[np.minimum(place.to_numpy()[code >= 0].astype(int), len(examined)) - 1]
-        look[at], clicks[at] = np.log(seen / unseen[surface]), clicked[code >= 0]
+        look[at], clicks[at] = np.log(seen / UNSEEN[surface]), clicked[code >= 0]
         pages[surface].append((engine._features(names[surface], asked, rows), clicks, look))
     if not any(pages.values()):
         raise EngineError(f"events: none of {len(events):,} is a click on a search or a front page of somebody who is known; there is nothing to learn an order from")

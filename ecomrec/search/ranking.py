@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-import lightgbm
 import numpy as np
 import pandas as pd
 import torch
@@ -522,6 +521,8 @@ class LambdaRanker:
             ValueError: If lengths differ, a feature is not finite, a grade is not whole, or no query has two grades.
         Source: Burges (2010), "From RankNet to LambdaRank to LambdaMART"; Ke et al. (2017), LightGBM.
         """
+        import lightgbm  # which takes scikit-learn with it: a second that a service without trees need not wait
+
         names, chosen = sorted(features.columns), self.settings
         values = _checked_table(features, names)
         grade, asked = _checked_grades(grades, query_ids, len(values))
@@ -563,6 +564,8 @@ class LambdaRanker:
     @classmethod
     def load(cls, folder: Path | str) -> Self:
         """Open a saved ranker; raises ArtefactError if a file is missing or its checksum differs."""
+        import lightgbm
+
         verify(Path(folder))
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         ranker = cls(**config["settings"])
