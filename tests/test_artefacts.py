@@ -82,13 +82,13 @@ def test_what_a_killed_writer_moved_aside_is_swept_and_never_comes_back(saved):
 
 
 def test_the_half_of_a_killed_writer_is_swept_a_day_later_and_not_before(saved):
-    long_ago, recent = (saved.with_name(f".{saved.name}.{name}") for name in ("long", "now"))
-    for half, age in ((long_ago, 90_000), (recent, 80_000)):
+    long_ago, recent, foreign = (saved.with_name(f".{saved.name}.{name}") for name in ("long.half", "now.half", "backup"))
+    for half, age in ((long_ago, 90_000), (recent, 80_000), (foreign, 90_000)):
         half.mkdir()
         os.utime(half, (time.time() - age,) * 2)
     with writing(saved) as half:
         write_json(half / "config.json", {"version": 2})
-    assert not long_ago.exists() and recent.exists()
+    assert not long_ago.exists() and recent.exists() and foreign.exists()
 
 
 def test_json_is_whole_after_a_refused_write(tmp_path):

@@ -127,6 +127,18 @@ def test_the_order_in_which_events_arrive_leaves_the_same_memory(shop):
     assert np.array_equal(told[0], told[1]) and np.array_equal(told[0], told[2])
 
 
+def test_a_query_is_heard_whatever_came_first_and_whatever_it_is_called(shop):
+    of = dict.fromkeys(shop.events.columns) | {"user_id": "u", "session_id": "s", "request_id": "r", "surface": "search"}
+    click = of | {"event_id": "c", "kind": "click", "item_id": shop.products["item_id"].iloc[0], "price": 9.0, "ts": 2}
+    search = of | {"event_id": "r", "kind": "search", "query": "shoes", "ts": 1}  # of the same name as its request
+    for order in ([search, click], [click, search]):
+        memory = Memory(shop.products, shop.users)
+        for row in (*order, *order):
+            memory.observe([row])
+        told = memory.histories("u", 3)
+        assert [memory.texts[code] for code in told["query"] if code >= 0] == ["shoes"] and (told["item"] >= 0).sum() == 1
+
+
 def test_what_is_forgotten_is_in_no_feature_no_suggestion_and_no_saved_file(shop, tmp_path):
     engine = Engine.from_products(shop.products, users=shop.users, events=shop.events, recipe=WORDS)
     engine.rename_users(lambda name: f"alias {name}")

@@ -57,7 +57,7 @@ def travel_in_time(rows, later, price, read):
 READ = st.lists(st.sampled_from([0, NOW - 5 * HOUR - 1, NOW - 1, NOW, NOW + 30 * HOUR, None]), min_size=4, max_size=4)
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(st.lists(ROW, max_size=30), st.lists(ROW, max_size=12), st.floats(1, 900), READ)
 def test_nothing_at_or_after_a_request_reaches_it(rows, later, price, read):
     travel_in_time(rows, later, price, read)
@@ -70,7 +70,7 @@ def test_nothing_at_or_after_a_request_reaches_it_in_500_logs(rows, later, price
     travel_in_time(rows, later, price, read)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.lists(ROW, min_size=1, max_size=30), st.randoms())
 def test_engines_orders_and_batches_give_the_same_rows(rows, random):
     log, alone = log_of(rows), REQUESTS["request_id"] == "p0"

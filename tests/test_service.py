@@ -182,6 +182,13 @@ def test_an_event_is_kept_once_however_often_it_is_sent(shop):
     assert sorted(shop.kept()["event_id"]) == ["e1", "e2"]
 
 
+def test_an_event_of_a_clock_that_is_ahead_is_known_to_the_next_page_and_kept_as_it_was_sent(shop):
+    ahead = time.time_ns() // 1_000_000 + 120_000
+    assert shop.post("/events", [shop.click("anna", ts=ahead)]).json()["kept"] == 1
+    told = shop.service.engine.memory.histories(shop.store.pseudonym("anna"), time.time_ns() // 1_000_000 + 1)
+    assert (told["item"] >= 0).sum() == 1 and shop.kept()["ts"].tolist() == [ahead]
+
+
 def test_ubi_is_read_like_a_ubi_log(shop):
     event = {"action_name": "add_to_cart", "query_id": "q1", "client_id": "anna", "session_id": "s1", "timestamp": "2025-11-03T10:15:00.250Z", "event_attributes": {"object": {"object_id": shop.item, "extra": [1, {"a": None}]}, "position": {"ordinal": 4}}}
     query = {"query_id": "q1", "client_id": "anna", "session_id": "s1", "user_query": "跑步鞋", "timestamp": 1_762_164_899_000, "query_attributes": {}}
@@ -190,6 +197,14 @@ def test_ubi_is_read_like_a_ubi_log(shop):
     log = shop.kept().set_index("kind")
     assert log.loc["cart", ["item_id", "position", "ts", "request_id"]].tolist() == [shop.item, 5, 1_762_164_900_250, "q1"]
     assert log.loc["search", "query"] == "跑步鞋" and set(log["user_id"]) == {shop.store.pseudonym("anna")}
+
+
+def test_nobody_can_try_guesses_on_the_id_of_a_ubi_document(shop):
+    document = {"timestamp": "2025-11-03T10:15:00Z", "query_id": "q1", "client_id": "anna@example.com", "user_query": "a secret wish"}
+    assert [shop.post("/events", document).json() for _ in range(2)] == [{"kept": 1, "known": 0}, {"kept": 0, "known": 1}]
+    (name,) = shop.kept()["event_id"]
+    told = UbiSaid(**document).row()["event_id"]  # what everybody can compute
+    assert name == f"ubi-{shop.store.keyring.pseudonym(told, 'event')}" and told not in name
 
 
 @pytest.mark.parametrize(("change", "field"), [
@@ -310,6 +325,8 @@ def test_erasure_takes_everything_and_is_remembered(saved, tmp_path):
     waits = shop.post("/search", {"query": "hat", "user_id": known, "k": 3}).json()["items"]
     done = shop.client.delete(f"/users/{known}").json()
     assert done["rows"] > 1 + len(waits) and done["key_destroyed"] and done["forgotten"]
+    heard = io.StringIO()
+    log_to(heard)
     for _ in range(2):
         assert shop.store.pseudonym(known) not in set(shop.kept()["user_id"].dropna())
         assert shop.store.pseudonym("bob") in set(shop.kept()["user_id"])
@@ -318,6 +335,7 @@ def test_erasure_takes_everything_and_is_remembered(saved, tmp_path):
         shop.client.delete(f"/users/{known}")
         assert shop.post("/reload").status_code == 200  # the saved model knows her still
     assert known not in (tmp_path / "erased.json").read_text()
+    assert [line["users"] for line in map(json.loads, heard.getvalue().splitlines()) if line["event"] == "model still holds erased users"] == [1, 1]
     shop.close()
 
 
@@ -387,6 +405,18 @@ def test_counters_are_made_anew_after_midnight(shop, monkeypatch):
     shop.service.read_counters()
     assert memory.counters["popularity"][row] > before and not memory.later
     assert shop.post("/recommend", {"k": 30}).json()["items"][0]["item_id"] == shop.item != told[0]["item_id"]
+
+
+def test_erasures_hold_up_no_event(shop, monkeypatch):
+    go_on, erase = threading.Event(), shop.store.erase
+    monkeypatch.setattr(shop.store, "erase", lambda *args: go_on.wait(60) and erase(*args))
+    erasing = [threading.Thread(target=lambda name=name: shop.client.delete(f"/users/{name}")) for name in ("anna", "bob", "carl")]
+    for thread in erasing:
+        thread.start()
+    assert shop.post("/events", [shop.click("dora")]).json() == {"kept": 1, "known": 0} and not go_on.is_set()
+    go_on.set()
+    for thread in erasing:
+        thread.join()
 
 
 def test_names_with_slashes_and_letters_of_any_kind_can_be_erased(shop):
@@ -581,6 +611,17 @@ def test_rows_that_can_never_be_kept_do_not_hold_up_the_others():
         log.flush()
     log.close()
     assert len(kept) + log.dropped == 3 and log.dropped >= 1
+
+
+def test_many_pages_that_wait_are_written_without_a_pause():
+    kept = []
+    log = PageLog(kept.extend, pause=1e6)
+    log.put([{"user_id": None}] * 14_000)
+    deadline = time.monotonic() + 60
+    while len(kept) < 14_000 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert len(kept) == 14_000 and not log.dropped
+    log.close()
 
 
 # New models

@@ -199,7 +199,7 @@ def test_a_commit_whose_answer_is_lost_is_repeated_without_harm(shop):
 
     shop._writer._write = lossy
     anna = shop.pseudonym("anna")
-    assert shop.append([EVENT | {"user_id": anna, "query": "shoes"}, EVENT | {"event_id": "e2"}]) == 0 and len(shop.events()) == 2
+    assert shop.append([EVENT | {"user_id": anna, "query": "shoes"}, EVENT | {"event_id": "e2"}]) == 2 == len(shop.events()), "nobody has heard of them yet"
     shop.derived("model", "shopper")
     gone = shop.erase(anna)
     assert gone[:2] == (2, True) and [made.path for made in gone.derived] == [str(Path("shopper").absolute())] and shop.artefacts()[0].forgotten == 1
@@ -222,6 +222,48 @@ def test_one_spoilt_batch_spoils_no_other(shop, monkeypatch):
     with pytest.raises(StoreError, match="refuses"):
         answers.pop("bad").result(60)
     assert [len(answer.result(60)) for answer in answers.values()] == [2, 2, 2] and len(shop.events()) == 6
+
+
+def test_what_can_never_be_written_is_told_alone_also_behind_an_empty_batch(shop, monkeypatch):
+    insert, held = module.insert_new, threading.Event()
+
+    def refusing(connection, keyring, batches):
+        held.wait(60)
+        if any(batches):
+            raise StoreError("the keyring is locked")
+        return insert(connection, keyring, batches)
+
+    monkeypatch.setattr(module, "insert_new", refusing)
+    first, empty, full = shop.submit([EVENT]), shop.submit([]), shop.submit([EVENT | {"event_id": "e2"}])
+    held.set()
+    assert empty.result(60) == set()
+    for refused in (first, full):
+        with pytest.raises(StoreError, match="locked"):
+            refused.result(60)
+
+
+def test_an_erasure_is_done_also_where_the_file_cannot_be_written_anew(tmp_path):
+    def full(connection, cursor, statement, *_):
+        if statement == "VACUUM":
+            raise sqlite3.OperationalError("database or disk is full")
+
+    with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
+        anna = store.pseudonym("anna")
+        store.append([EVENT | {"user_id": anna}])
+        sa.event.listen(store._engine, "before_cursor_execute", full)
+        gone = store.erase(anna)
+        assert gone.rows == 1 and not gone.overwritten and not len(store.events()) and not store.erase(anna).overwritten
+        sa.event.remove(store._engine, "before_cursor_execute", full)
+        assert store.erase(anna).overwritten  # the next one makes good for it
+
+
+def test_the_half_of_a_killed_export_is_swept_by_a_later_one(tmp_path):
+    half = tmp_path / ".events.parquet.0badc0de.half"
+    half.write_bytes(b"what shoppers typed")
+    os.utime(half, (time.time() - 90_000,) * 2)
+    with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
+        store.export(tmp_path / "events.parquet")
+    assert not half.exists()
 
 
 def test_beyond_the_bound_the_sender_is_told_and_nothing_acknowledged_is_lost(tmp_path):

@@ -239,7 +239,8 @@ class Memory:
 
         Args:
             events: A table by the contract, or rows with all its columns that were checked already, null as None, which costs
-                microseconds each. An event_id that was among the last ones changes nothing, and of a request its first event counts.
+                microseconds each. An event_id that was among the last ones changes nothing, and of a request its first event counts, and
+                its first one with a query.
             stored: They are kept elsewhere, such as in a `Store`, which has told that they are new and will give them to `refresh`; else they are kept here.
         Returns:
             How many were new.
@@ -252,9 +253,10 @@ class Memory:
         fresh = {row["event_id"]: row for row in reversed(events) if row["event_id"] not in self.seen}
         self.seen.update(dict.fromkeys(fresh))
         for row in sorted(fresh.values(), key=lambda row: (row["ts"], row["event_id"])):
-            asks, user = row["request_id"] is not None and row["request_id"] not in self.seen, row["user_id"]
+            request, user = ("request", row["request_id"]), row["user_id"]
+            asks = row["request_id"] is not None and (request not in self.seen or row["query"] is not None and self.seen[request] is None)
             if asks:
-                self.seen[row["request_id"]] = None
+                self.seen[request] = row["query"]
             if user is None:
                 continue
             surface, phone = SURFACES.index(row["surface"]) if row["surface"] in SURFACES else -1, row["device"] == "phone"

@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 import ecomrec
-from ..data.artefacts import MANIFEST, sha256
+from ..data.artefacts import MANIFEST, sha256, sweep
 from ..data.privacy import PSEUDONYM, Keyring, KeyringError
 from ..data.tables import _YEAR_2000, _YEAR_2100, CONTRACTS, KEYS, KINDS, TableError, check, empty
 
@@ -312,6 +312,7 @@ class _Job:
 
     rows: list[dict] = field(default_factory=list)
     change: Callable[[sa.Connection], object] | None = None
+    tried: bool = False
     answer: Future = field(default_factory=Future)
     born: float = field(default_factory=time.monotonic)
 
@@ -355,7 +356,7 @@ class _Writer:
             jobs, rows = [], 0
             for job in self._queue:
                 rows += len(job.rows)
-                if jobs and (job.change or jobs[0].change or rows > most):
+                if jobs and (most == 1 or job.change or jobs[0].change or rows > most):
                     break
                 jobs.append(job)
             return jobs
@@ -375,6 +376,8 @@ class _Writer:
             try:
                 answers = self._write(jobs)
             except StoreGone as error:
+                for job in jobs:
+                    job.tried = True
                 late = time.monotonic() - self.patience
                 with self._changed:
                     jobs = [job for job in self._queue if job.born < late or self._closing.is_set()]
@@ -599,7 +602,7 @@ class Store:
             self._engine.dispose()
             self.keyring.close()
             raise
-        self._writer = _Writer(self._write, room, patience)
+        self._writer, self._stale = _Writer(self._write, room, patience), False
 
     def pseudonym(self, user_id: str) -> str:
         """The stand-in for a user's name that all tables hold."""
@@ -620,6 +623,7 @@ class Store:
             if jobs[0].change:
                 return [jobs[0].change(connection)]
             each, differ = insert_new(connection, self.keyring, [job.rows for job in jobs])
+            each = [{row["event_id"] for row in job.rows} if job.tried else new for job, new in zip(jobs, each)]  # perhaps only the answer was lost, and nobody has heard that they are there
         new = sum(map(len, each))
         self.counts.update(new=new, repeated=sum(len(job.rows) for job in jobs) - new - differ, different=differ)
         return each
@@ -651,8 +655,8 @@ class Store:
         Args:
             events: By the `events` contract, `user_id` a pseudonym or null; rows of plain text, int and float are the fastest.
         Returns:
-            How many were new: an event whose id is there already is not written again. After a lost connection it may say
-            that some were not new that this very call wrote.
+            How many were new: an event whose id is there already is not written again. Where the connection was lost
+            meanwhile all count as new.
         Raises:
             EventError: If one breaks the contract.
             StoreFull: If too many events wait already.
@@ -729,15 +733,18 @@ class Store:
             return done[0]
 
         rows, destroyed, derived = self._change(change)
+        self._stale |= rows > 0
         return Erasure(rows, destroyed, derived, self._overwritten())
 
     def _overwritten(self) -> bool:
-        """Write SQLite's file anew and empty its journal: copies of removed rows may stand where rows were moved; False while a reader holds it."""
+        """Write SQLite's file anew and empty its journal: copies of removed rows may stand where rows were moved; False while a reader holds it, or the disk has no room."""
         if self._engine.dialect.name != "sqlite":
             return False
-        with _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
-            connection.exec_driver_sql("VACUUM")
-            return not connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+        if self._stale:
+            with suppress(StoreGone), _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
+                connection.exec_driver_sql("VACUUM")
+                self._stale = bool(connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0])
+        return not self._stale
 
     # Reading
 
@@ -785,7 +792,8 @@ class Store:
     def _export(self, path: str | Path, write: Callable[[Path, Iterator[pd.DataFrame]], None]) -> Path:
         """Write a file from all events, complete or not at all, and remember it."""
         path = Path(path).absolute()
-        half = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        sweep(path)
+        half = path.with_name(f".{path.name}.{secrets.token_hex(4)}.half")
         with self.deriving("export", path, until=0) as moments:
 
             def pieces() -> Iterator[pd.DataFrame]:

@@ -18,6 +18,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -111,8 +112,8 @@ def wrk(address: str, key: str, bodies: Path, clients: int, seconds: float, paus
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured(run: Path, engine: Engine, cached: bool, seconds: float) -> tuple[list[dict], float]:
-    """All endpoints with one and several clients, and the seconds from the command to the first page."""
+def measured(run: Path, engine: Engine, cached: bool, seconds: float) -> tuple[list[dict], float, int]:
+    """All endpoints with one and several clients, the seconds from the command to the first page, and the rows of pages that the log had no room for."""
     rows, seeds = [], itertools.count(1)
     with serving(run, *[] if cached else ["--no-cache"]) as (address, key, _, start), tempfile.TemporaryDirectory() as folder:
         for clients in CLIENTS:
@@ -122,23 +123,26 @@ def measured(run: Path, engine: Engine, cached: bool, seconds: float) -> tuple[l
                 said = wrk(address, key, bodies, clients, seconds)
                 rows.append({"endpoint": endpoint, "clients": clients, "cached": cached, "per_second": round(said["requests"] / said["seconds"], 1), **said})
                 print(rows[-1], file=sys.stderr)
-    return rows, start
+        with urlopen(Request(f"{address}metrics", headers={"Authorization": f"Bearer {key}"}), timeout=60) as answer:
+            dropped = int(float(re.search(r"^ecomrec_dropped_rows (\S+)", answer.read().decode(), re.MULTILINE)[1]))
+    return rows, start, dropped
 
 
 def soaked(run: Path, engine: Engine, minutes: float, per_second: float) -> dict[str, float]:
-    """Memory during minutes at about a given load of all endpoints, after one minute to warm up."""
+    """Memory during minutes at about a given load of all endpoints; before, the full load for two fifths as long, until what is held of the last events, queries and pages has reached its bounds."""
     with serving(run) as (address, key, process, _), tempfile.TemporaryDirectory() as folder:
         lines = [line for several in zip(*asked(engine, 40_000, 99).values()) for line in several]
         bodies = Path(folder) / "mixed.txt"
         bodies.write_text("\n".join(lines) + "\n", encoding="utf-8")
         pause = 1000 * CLIENTS[-1] / per_second
-        wrk(address, key, bodies, CLIENTS[-1], 60, pause)
+        first = process.memory_info().rss
+        wrk(address, key, bodies, CLIENTS[-1], 24 * minutes)
         with ThreadPoolExecutor(1) as crowd:
             asking, held = crowd.submit(wrk, address, key, bodies, CLIENTS[-1], 60 * minutes, pause), [process.memory_info().rss]
             while not asking.done():
                 time.sleep(min(60, 6 * minutes))
                 held.append(process.memory_info().rss)
-    return {"minutes": minutes, "rss_mib": [round(rss / 2**20, 1) for rss in held], "change": round(held[-1] / held[0] - 1, 4), **asking.result()}
+    return {"minutes": minutes, "first_mib": round(first / 2**20, 1), "rss_mib": [round(rss / 2**20, 1) for rss in held], "change": round(held[-1] / held[0] - 1, 4), **asking.result()}
 
 
 def table(source: str, rows: list[dict]) -> str:
@@ -169,10 +173,10 @@ def main() -> None:
         began = time.perf_counter()
         engine = Engine.load(run / "engine")
         load_seconds = time.perf_counter() - began
-        off, start = measured(run, engine, False, arguments.seconds)
-        on, _ = measured(run, engine, True, arguments.seconds)
-        found[source] = {"date": datetime.date.today().isoformat(), "load_before": round(load, 2), "seconds": arguments.seconds, "products": len(engine.products), "seconds_to_load": round(load_seconds, 2), "seconds_to_first_page": round(start, 1), "cells": off + on}
-        print(f"{table(source, off + on)}\n\nloaded in {load_seconds:.1f} s, first page {start:.1f} s after the command")
+        off, start, dropped = measured(run, engine, False, arguments.seconds)
+        on, _, more = measured(run, engine, True, arguments.seconds)
+        found[source] = {"date": datetime.date.today().isoformat(), "load_before": round(load, 2), "seconds": arguments.seconds, "products": len(engine.products), "seconds_to_load": round(load_seconds, 2), "seconds_to_first_page": round(start, 1), "dropped_rows": {"caches off": dropped, "caches on": more}, "cells": off + on}
+        print(f"{table(source, off + on)}\n\nloaded in {load_seconds:.1f} s, first page {start:.1f} s after the command; rows of pages that were not kept: {dropped:,}, with caches {more:,}")
         if arguments.minutes:
             several = pd.DataFrame(off).query("clients > 1")["per_second"]
             found[source]["soak"] = soaked(run, engine, arguments.minutes, len(several) / (1 / several).sum() / 2)
