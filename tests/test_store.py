@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sqlalchemy.engine.base import Transaction
 from writers import EVENT, NOON, PROCESSES, append_for_ever, batch_of, open_and_append, strike_under
 
 from ecomrec.data.logs import read_log
@@ -186,18 +188,22 @@ def test_a_failed_export_leaves_the_old_file(shop, tmp_path):
 
 # The writer
 
-def test_a_commit_whose_answer_is_lost_is_repeated_without_harm(shop):
-    write, lost = shop._writer._write, []
 
-    def lossy(jobs: list) -> list:
-        answers = write(jobs)
-        if len(lost) % 2 == 0:
-            lost.append(jobs)
-            raise StoreGone("the answer was lost")
-        lost.append(jobs)
-        return answers
+def lose_commits(monkeypatch, lost) -> None:
+    """Let the answers of some commits be lost; the next of `lost` says whether this one's is."""
+    commit = Transaction.commit
 
-    shop._writer._write = lossy
+    def commits(self) -> None:
+        commit(self)
+        if next(lost):
+            raise sa.exc.OperationalError("COMMIT", {}, Exception("the answer was lost"))
+
+    monkeypatch.setattr(Transaction, "commit", commits)
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")  # the loss is made by hand
+def test_a_commit_whose_answer_is_lost_is_repeated_without_harm(shop, monkeypatch):
+    lose_commits(monkeypatch, itertools.cycle([True, False]))
     anna = shop.pseudonym("anna")
     assert shop.append([EVENT | {"user_id": anna, "query": "shoes"}, EVENT | {"event_id": "e2"}]) == 2 == len(shop.events()), "nobody has heard of them yet"
     shop.derived("model", "shopper")
@@ -205,6 +211,19 @@ def test_a_commit_whose_answer_is_lost_is_repeated_without_harm(shop):
     assert gone[:2] == (2, True) and [made.path for made in gone.derived] == [str(Path("shopper").absolute())] and shop.artefacts()[0].forgotten == 1
     shop.derived("model", "shopper")  # trained again
     assert shop.artefacts()[0].forgotten == 0
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")  # the loss is made by hand
+def test_what_nobody_has_heard_of_is_new_when_it_is_sent_again_and_nothing_else(tmp_path, monkeypatch):
+    with Store(tmp_path / "shop.db", tmp_path / "keys", patience=0.2) as store:
+        store.append([EVENT])
+        both, away = [EVENT, EVENT | {"event_id": "e2"}], [True]
+        lose_commits(monkeypatch, (bool(away) for _ in itertools.count()))
+        with pytest.raises(StoreGone):
+            store.append(both)
+        away.clear()
+        assert store.submit(both).result(60) == {"e2"} and store.submit(both).result(60) == set()
+        assert len(store.events()) == 2 == store.counts["new"] and store.counts["different"] == 0
 
 
 def test_one_spoilt_batch_spoils_no_other(shop, monkeypatch):
@@ -253,8 +272,11 @@ def test_an_erasure_is_done_also_where_the_file_cannot_be_written_anew(tmp_path)
         sa.event.listen(store._engine, "before_cursor_execute", full)
         gone = store.erase(anna)
         assert gone.rows == 1 and not gone.overwritten and not len(store.events()) and not store.erase(anna).overwritten
+    with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
+        sa.event.listen(store._engine, "before_cursor_execute", full)
+        assert not store.erase(anna).overwritten  # it is not known what was left when the last process ended
         sa.event.remove(store._engine, "before_cursor_execute", full)
-        assert store.erase(anna).overwritten  # the next one makes good for it
+        assert store.erase(anna).overwritten
 
 
 def test_the_half_of_a_killed_export_is_swept_by_a_later_one(tmp_path):

@@ -97,7 +97,7 @@ def _moved_aside(folder: Path) -> list[Path]:
 def sweep(path: Path) -> None:
     """Remove the halves of a file or folder that nobody has touched for a day, for their writer was killed: `.NAME.*.half` beside it."""
     for half in path.parent.glob(f".{glob.escape(path.name)}.*.half"):
-        with suppress(FileNotFoundError):  # another writer sweeps, too
+        with suppress(OSError):  # another writer sweeps, too, or it is somebody else's
             if half.stat().st_mtime < time.time() - 86_400:
                 shutil.rmtree(half) if half.is_dir() else half.unlink()
 

@@ -254,9 +254,9 @@ class Memory:
         self.seen.update(dict.fromkeys(fresh))
         for row in sorted(fresh.values(), key=lambda row: (row["ts"], row["event_id"])):
             request, user = ("request", row["request_id"]), row["user_id"]
-            asks = row["request_id"] is not None and (request not in self.seen or row["query"] is not None and self.seen[request] is None)
+            asks = row["request_id"] is not None and (request not in self.seen or row["query"] is not None and not self.seen[request])
             if asks:
-                self.seen[request] = row["query"]
+                self.seen[request] = row["query"] is not None
             if user is None:
                 continue
             surface, phone = SURFACES.index(row["surface"]) if row["surface"] in SURFACES else -1, row["device"] == "phone"

@@ -312,7 +312,6 @@ class _Job:
 
     rows: list[dict] = field(default_factory=list)
     change: Callable[[sa.Connection], object] | None = None
-    tried: bool = False
     answer: Future = field(default_factory=Future)
     born: float = field(default_factory=time.monotonic)
 
@@ -376,8 +375,6 @@ class _Writer:
             try:
                 answers = self._write(jobs)
             except StoreGone as error:
-                for job in jobs:
-                    job.tried = True
                 late = time.monotonic() - self.patience
                 with self._changed:
                     jobs = [job for job in self._queue if job.born < late or self._closing.is_set()]
@@ -602,7 +599,8 @@ class Store:
             self._engine.dispose()
             self.keyring.close()
             raise
-        self._writer, self._stale = _Writer(self._write, room, patience), False
+        self._unheard, self._stale, self._writing_anew = set(), True, threading.Lock()  # stale: perhaps removed rows can still be read in SQLite's file
+        self._writer = _Writer(self._write, room, patience)
 
     def pseudonym(self, user_id: str) -> str:
         """The stand-in for a user's name that all tables hold."""
@@ -616,16 +614,24 @@ class Store:
     # Writing
 
     def _write(self, jobs: list[_Job]) -> list:
-        """Some appends, or one change, in a transaction that has the lock before it seals or destroys anything."""
+        """Some appends, or one change, in a transaction that has the lock before it seals or destroys anything.
+
+        An event counts as new until an answer of a commit says that it is there: where only the answer was lost, nobody has heard of it.
+        """
         with _reached(self._engine), self._engine.connect().execution_options(begin="BEGIN IMMEDIATE") as connection, connection.begin():
             if self._engine.dialect.name == "postgresql":  # changes wait for appends and the other way round; appends share
                 connection.exec_driver_sql(f"LOCK TABLE events IN {'SHARE ROW' if jobs[0].change else 'ROW'} EXCLUSIVE MODE")
             if jobs[0].change:
                 return [jobs[0].change(connection)]
             each, differ = insert_new(connection, self.keyring, [job.rows for job in jobs])
-            each = [{row["event_id"] for row in job.rows} if job.tried else new for job, new in zip(jobs, each)]  # perhaps only the answer was lost, and nobody has heard that they are there
-        new = sum(map(len, each))
-        self.counts.update(new=new, repeated=sum(len(job.rows) for job in jobs) - new - differ, different=differ)
+            unheard = set(self._unheard)
+            for job, new in zip(jobs, each):
+                new |= unheard & {row["event_id"] for row in job.rows}
+                unheard -= new
+            fresh = set().union(*each)
+            self._unheard |= fresh
+        self._unheard -= fresh
+        self.counts.update(new=len(fresh), repeated=sum(len(job.rows) for job in jobs) - len(fresh) - differ, different=differ)
         return each
 
     def _change(self, change: Callable[[sa.Connection], object]) -> object:
@@ -655,8 +661,7 @@ class Store:
         Args:
             events: By the `events` contract, `user_id` a pseudonym or null; rows of plain text, int and float are the fastest.
         Returns:
-            How many were new: an event whose id is there already is not written again. Where the connection was lost
-            meanwhile all count as new.
+            How many were new: an event whose id is there already is not written again.
         Raises:
             EventError: If one breaks the contract.
             StoreFull: If too many events wait already.
@@ -711,7 +716,7 @@ class Store:
             with self.deriving(kind, path, since, until):
                 pass
 
-    def erase(self, user_id: str, known: tuple[int, int] | None = None) -> Erasure:
+    def erase(self, user_id: str, known: tuple[int, int] | None = None, overwrite: bool = True) -> Erasure:
         """Forget a user: destroy the key, remove events and what was told, list what derived from them.
 
         Events that nobody sent in the user's sessions go too. What is sent afterwards is stored anew, under a new key.
@@ -720,6 +725,7 @@ class Store:
             user_id: The pseudonym.
             known: Moments of the first and the last that is known of the user elsewhere, such as by a model of an older log,
                 milliseconds.
+            overwrite: Go on with `overwrite`; else that is for the caller to do.
         Raises:
             StoreGone: If the database did not answer in time; do it again.
         """
@@ -728,23 +734,32 @@ class Store:
 
         def change(connection: sa.Connection) -> tuple:
             found = _erased(connection, self.keyring, user_id, known)
+            self._stale |= found[0] > 0  # before the commit: its answer may be lost
             if found[0] or not done:  # if only the answer of the commit was lost, the second time finds nothing
                 done[:] = [(found[0], found[1] or any(before[1] for before in done), found[2])]
             return done[0]
 
         rows, destroyed, derived = self._change(change)
-        self._stale |= rows > 0
-        return Erasure(rows, destroyed, derived, self._overwritten())
+        return Erasure(rows, destroyed, derived, overwrite and self.overwrite())
 
-    def _overwritten(self) -> bool:
-        """Write SQLite's file anew and empty its journal: copies of removed rows may stand where rows were moved; False while a reader holds it, or the disk has no room."""
+    def overwrite(self) -> bool:
+        """Write SQLite's file anew and empty its journal if rows were removed, for copies of them may stand where rows were moved.
+
+        Events wait meanwhile, some seconds for each gigabyte.
+
+        Returns:
+            Whether nothing of removed rows is left; False while a reader holds the file, where the disk has no room, and for PostgreSQL.
+        """
         if self._engine.dialect.name != "sqlite":
             return False
-        if self._stale:
-            with suppress(StoreGone), _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
-                connection.exec_driver_sql("VACUUM")
-                self._stale = bool(connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0])
-        return not self._stale
+        with self._writing_anew:
+            if self._stale:
+                self._stale, held = False, True  # rows may be removed while it runs
+                with suppress(StoreGone), _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
+                    connection.exec_driver_sql("VACUUM")
+                    held = bool(connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0])
+                self._stale |= held
+            return not self._stale
 
     # Reading
 
