@@ -128,14 +128,15 @@ def test_the_order_in_which_events_arrive_leaves_the_same_memory(shop):
 
 
 def test_a_query_is_heard_whatever_came_first_and_whatever_it_is_called(shop):
+    now = int(shop.events["ts"].max()) + 1
     of = dict.fromkeys(shop.events.columns) | {"user_id": "u", "session_id": "s", "request_id": "r", "surface": "search"}
-    click = of | {"event_id": "c", "kind": "click", "item_id": shop.products["item_id"].iloc[0], "price": 9.0, "ts": 2}
-    search = of | {"event_id": "r", "kind": "search", "query": "shoes", "ts": 1}  # of the same name as its request
+    click = of | {"event_id": "c", "kind": "click", "item_id": shop.products["item_id"].iloc[0], "price": 9.0, "ts": now + 1}
+    search = of | {"event_id": "r", "kind": "search", "query": "shoes", "ts": now}  # of the same name as its request
     for order in ([search, click], [click, search]):
-        memory = Memory(shop.products, shop.users)
+        memory = Memory(shop.products, shop.users, shop.events)
         for row in (*order, *order):
             memory.observe([row])
-        told = memory.histories("u", 3)
+        told = memory.histories("u", now + 2)
         assert [memory.texts[code] for code in told["query"] if code >= 0] == ["shoes"] and (told["item"] >= 0).sum() == 1
 
 
