@@ -734,7 +734,8 @@ class Store:
 
         def change(connection: sa.Connection) -> tuple:
             found = _erased(connection, self.keyring, user_id, known)
-            self._stale |= found[0] > 0  # before the commit: its answer may be lost
+            if found[0]:
+                self._stale = True  # before the commit: its answer may be lost
             if found[0] or not done:  # if only the answer of the commit was lost, the second time finds nothing
                 done[:] = [(found[0], found[1] or any(before[1] for before in done), found[2])]
             return done[0]
@@ -758,7 +759,8 @@ class Store:
                 with suppress(StoreGone), _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
                     connection.exec_driver_sql("VACUUM")
                     held = bool(connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0])
-                self._stale |= held
+                if held:
+                    self._stale = True
             return not self._stale
 
     # Reading
