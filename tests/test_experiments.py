@@ -23,6 +23,7 @@ SMALL = {
     "relevance": {"max_tokens": 16, "rungs": ["ltr"]},
     "ablations": {"parts": ["negatives"]},
 }
+SHORT = {"adapt": False, "tuned_epochs": 0, "seeds": [0], "epochs": 1, "dim": 16, "ablate": False}  # of personalised
 
 
 def metrics(folder):
@@ -87,15 +88,12 @@ def test_a_log_without_a_truth_is_judged_by_its_clicks(tmp_path):
     for table in ("products", "users", "events"):
         (tmp_path / f"{table}.parquet").write_bytes((shop / f"{table}.parquet").read_bytes())
     own = {table: str(tmp_path / f"{table}.parquet") for table in ("products", "events")}
-    small = {"source": "files", "adapt": False, "tuned_epochs": 0, "seeds": [0], "epochs": 1, "dim": 16, "ablate": False}
-    found = metrics(lab.run("personalised", own | small, file=demo("personalised"), root=tmp_path / "runs", progress=False))
+    found = metrics(lab.run("personalised", own | SHORT | {"source": "files"}, file=demo("personalised"), root=tmp_path / "runs", progress=False))
     assert not [key for key in found if key.startswith("skyline")] and 0 < found["shopper/ndcg@10[task=search]"] < 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, options", {
-    "closed_loop": {}, "personalised": {"adapt": False, "tuned_epochs": 0, "seeds": [0], "epochs": 1, "dim": 16, "ablate": False},
-}.items())
+@pytest.mark.parametrize("name, options", {"closed_loop": {}, "personalised": SHORT}.items())
 def test_the_log_of_a_real_search_goes_through(name, options, tmp_path):
     if not sources.is_available("ubi"):
         pytest.skip("the UBI log is not in ECOMREC_DATA")

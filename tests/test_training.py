@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_sequences import whole_of
 from torch import nn
 from writers import split_of
 
 from ecomrec.data.artefacts import ArtefactError
-from ecomrec.data.sequences import leave_last_out
 from ecomrec.model.shopper import config_of, train_shopper
 from ecomrec.model.training import Schedule, TrainingError, train
 

@@ -603,12 +603,13 @@ class Service:
         """
         mine = {name: partial(_of_tenant, caller) for name in ("event_id", "session_id", "request_id")} | {"user_id": partial(self.user, caller)}
         rows = [row | {column: of(row[column]) for column, of in mine.items() if row[column] is not None} for row in rows]
-        born, now, seen = time.monotonic(), _this_moment(), Future()
+        born, seen = time.monotonic(), Future()
         seen.set_running_or_notify_cancel()
 
         def tell(stored: Future) -> None:  # also where whoever sent them does not wait any longer
             if stored.exception() is None:
-                self.unseen.append(([row | {"ts": min(row["ts"], now)} for row in rows if row["event_id"] in stored.result()], born, seen))  # a page knows only what lies before it
+                new = stored.result()
+                self.unseen.append(([row for row in rows if row["event_id"] in new], born, seen))
                 with suppress(RuntimeError):  # the service has ended
                     self.listener.submit(self._observe)
 
@@ -625,6 +626,12 @@ class Service:
         self.meters.visible.observe(time.perf_counter() - arrived)
         return {"kept": len(new), "known": len(rows) - len(new)}
 
+    @staticmethod
+    def _learn(engine: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Tell an engine of rows that the store holds; those of a clock that is ahead count as of now, for a page knows only what lies before it."""
+        now = _this_moment()
+        engine.observe([dict.fromkeys(_COLUMNS) | row | {"ts": min(row["ts"], now)} for row in rows], stored=True)
+
     def _observe(self) -> None:
         """Tell the engine of all that it has not seen yet: who comes while it listens shares the next time."""
         with self.observing:
@@ -634,7 +641,7 @@ class Service:
                 if self.missed is not None:  # a model that is being loaded must hear of it, too
                     self.missed.extend(rows)
                 if rows:
-                    self.engine.observe([dict.fromkeys(_COLUMNS) | row for row in rows], stored=True)
+                    self._learn(self.engine, rows)
             except Exception as error:
                 for _, _, seen in told:
                     seen.set_exception(error)
@@ -652,25 +659,22 @@ class Service:
         try:
             for _ in range(len(self.log.waiting) // self.log.GROUP + 1):
                 self.log.flush()  # in the store it is seen which visits were hers
+            with self.log.writing:
+                self._erasing(user)
+                waited, before, told = self.log.drop(user), self._erased(), self.engine.known_between(user)
+                write_json(self.erased, sorted({*before, user}))  # before anything is removed: half an erasure can be finished
+                done = self.store.erase(user, told, overwrite=False)
+                with self.observing:
+                    self._erasing(user)
+                    remembered = self.engine.forget(user)
+                    self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
+                self._nothing_cached()
+                waited += self.log.drop(user)
+                if not (waited or done.rows or done.key_destroyed or remembered):
+                    write_json(self.erased, before)
+                    raise Refused(404, "no such user of this key", "user_id")
         except StoreError as error:
             raise Refused(503, "the store cannot be reached now; erase again", wait=1) from error
-        with self.log.writing:
-            self._erasing(user)
-            waited, before, told = self.log.drop(user), self._erased(), self.engine.known_between(user)
-            write_json(self.erased, sorted({*before, user}))  # before anything is removed: half an erasure can be finished
-            try:
-                done = self.store.erase(user, told, overwrite=False)
-            except StoreError as error:
-                raise Refused(503, "the store cannot be reached now; erase again", wait=1) from error
-            with self.observing:
-                self._erasing(user)
-                remembered = self.engine.forget(user)
-                self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
-            self._nothing_cached()
-            waited += self.log.drop(user)
-            if not (waited or done.rows or done.key_destroyed or remembered):
-                write_json(self.erased, before)
-                raise Refused(404, "no such user of this key", "user_id")
         if caller.tenant == TENANT:
             self.names = [name for name in self.names if name != user_id]
         return {"rows": waited + done.rows, "key_destroyed": done.key_destroyed, "forgotten": remembered, "derived": [str(one.path) for one in done.derived], "overwritten": self.store.overwrite()}
@@ -693,13 +697,12 @@ class Service:
         self.loaded_names = [] if own else users[:50]
         if not own:
             engine.rename_users(self.store.pseudonym)
-        if known := sum([engine.forget(user) for user in self._erased()]):
-            say("model still holds erased users", users=known, advice="train it again on what the store exports now")
+        if still := sum([engine.forget(user) for user in self._erased()]):
+            say("model still holds erased users", users=still, advice="train it again on what the store exports now")
         known = engine.memory.ids(since)
         for some in self.store.acts(since):
             fresh = some[~some["event_id"].isin(known)]
-            fresh = fresh.assign(ts=fresh["ts"].clip(upper=_this_moment()))  # as when they came
-            engine.observe(fresh.astype(object).where(fresh.notna(), None).to_dict("records"), stored=True)
+            self._learn(engine, fresh.astype(object).where(fresh.notna(), None).to_dict("records"))
         probe(engine)
         return engine
 
@@ -727,7 +730,7 @@ class Service:
                     if at > began:
                         fresh.forget(user)
                 if self.missed:
-                    fresh.observe([dict.fromkeys(_COLUMNS) | row for row in self.missed], stored=True)
+                    self._learn(fresh, self.missed)
                 self.engine = fresh
         except Exception as error:
             self.meters.loads.labels("refused").inc()
