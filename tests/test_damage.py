@@ -78,7 +78,7 @@ def check_damages(whole, tmp_path, n: int) -> None:
 
 
 def test_damaged_engines_are_refused(whole, tmp_path):
-    check_damages(whole, tmp_path, 100)
+    check_damages(whole, tmp_path, 200)
 
 
 @pytest.mark.slow

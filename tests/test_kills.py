@@ -130,7 +130,7 @@ def test_a_killed_service_starts_again_by_itself_and_has_lost_nothing(engines, a
     served.assert_whole()
 
 
-@pytest.mark.parametrize("kills", [4, KILLS[1]])
+@pytest.mark.parametrize("kills", KILLS)
 def test_events_of_a_service_survive_kills_of_its_database(engines, postgres, tmp_path, kills):
     served = Served(engines[0], postgres.database(), tmp_path, threads=4)
     strike_under(served, kills, 40, lambda: (postgres.kill(), postgres.start()))
@@ -185,7 +185,7 @@ def stamp(folder: Path) -> int:
         return 0
 
 
-@pytest.mark.parametrize("kills", [4, KILLS[1]])
+@pytest.mark.parametrize("kills", KILLS)
 def test_a_training_that_is_killed_ends_where_it_would_have_ended(tmp_path, kills):
     rng, killed, seed = random.Random(kills), 0, 0
     while killed < kills:

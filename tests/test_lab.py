@@ -380,7 +380,7 @@ def test_killed_midway_it_is_locked_before_and_resumes_after(bench, tmp_path):
     assert (whole / "metrics.json").read_bytes() == (folder / "metrics.json").read_bytes()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_moment_ends_where_it_would_have_ended(bench, tmp_path, kills):
     rng, n, killed = random.Random(kills), 20, 0
     while killed < kills:
