@@ -34,9 +34,12 @@ def whole(tmp_path_factory):
     return folder
 
 
+HOWS = ("flip", "cut", "missing", "swapped", "foreign", "header")
+
+
 def damaged(rng: np.random.Generator, folder, how: str) -> str:
     """Damage one file of a folder in one way; says which."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and (how != "header" or path.suffix == ".safetensors"))
     file = files[rng.integers(len(files))]
     data = file.read_bytes()
     if how == "flip":
@@ -50,6 +53,9 @@ def damaged(rng: np.random.Generator, folder, how: str) -> str:
         other = next(path for path in rng.permutation(files) if path.read_bytes() != data)
         file.write_bytes(other.read_bytes())
         other.write_bytes(data)
+    elif how == "header":  # longer than the file, and all checksums fit
+        file.write_bytes(struct.pack("<Q", len(data) << int(rng.integers(40))) + data[8:])
+        signed(folder)
     else:
         (folder / f"foreign-{rng.integers(1000)}.bin").write_bytes(data[:100])
     return f"{how} {file.relative_to(folder)}"
@@ -59,7 +65,7 @@ def check_damages(whole, tmp_path, n: int) -> None:
     rng, folder = np.random.default_rng(0), tmp_path / "engine"
     shutil.copytree(whole, folder)
     for number in range(n):
-        what = damaged(rng, folder, ("flip", "cut", "missing", "swapped", "foreign")[number % 5])
+        what = damaged(rng, folder, HOWS[number % len(HOWS)])
         try:
             Engine.load(folder)
         except ArtefactError:

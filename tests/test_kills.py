@@ -1,5 +1,6 @@
 """The service, what saves and what trains, killed at random moments: nothing that was acknowledged is lost, nothing half-written is read."""
 
+import asyncio
 import json
 import os
 import random
@@ -153,6 +154,40 @@ def test_while_the_database_is_gone_pages_go_on_and_events_are_held_to_the_bound
     assert before == stood and refused >= 1 and 0 not in served.statuses
     meanwhile = [status for when, status in served.pages if gone < when < back]
     assert len(meanwhile) > 1 and {status for _, status in served.pages} == {200}
+    served.assert_whole()
+
+
+async def send_until_kept(place: tuple[str, int], name: str) -> int:
+    """Send a batch until it is acknowledged; returns how often it was refused."""
+    body, refused = json.dumps(batch_of(name)).encode(), 0
+    while True:
+        reader, writer = await asyncio.open_connection(*place)
+        writer.write(b"POST /events HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head, _, said = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        if head.split()[1] == b"200":
+            return refused
+        assert head.split()[1] == b"503" and b"retry-after" in head.lower() and json.loads(said)["error"]
+        refused += 1
+        await asyncio.sleep(1)
+
+
+def test_a_crowd_that_waits_for_the_database_shuts_nobody_out_of_the_pages(engines, postgres, tmp_path):
+    served = Served(engines[0], postgres.database(), tmp_path, threads=1)
+    served.wait(lambda: len(served.acknowledged) >= 1)
+    postgres.stop()
+    names = [f"crowd-{number}" for number in range(1_500)]
+
+    async def crowd() -> list[int]:
+        senders = [asyncio.create_task(send_until_kept(served.place, name)) for name in names]
+        await asyncio.sleep(3)
+        postgres.start()
+        return await asyncio.gather(*senders)
+
+    refused = asyncio.run(crowd())
+    served.acknowledged += names
+    served.end()
+    assert sum(refused) > 1_000 and {status for _, status in served.pages} == {200}
     served.assert_whole()
 
 

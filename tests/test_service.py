@@ -29,8 +29,9 @@ from ecomrec.data.cleaning import clean
 from ecomrec.feedback.store import Store, StoreFull, StoreGone
 from ecomrec.search.engine import Engine
 from ecomrec.search.recipe import Recipe
+from ecomrec.serve import service as module
 from ecomrec.serve.door import MOST_BYTES, Caller, Keys, Refused, log_to
-from ecomrec.serve.service import Door, PageLog, Service, ToRecommend, ToSearch, UbiSaid, create_app, event_rows, keys_of
+from ecomrec.serve.service import Door, PageLog, ServeError, Service, ToRecommend, ToSearch, UbiSaid, create_app, event_rows, keys_of
 
 WORDS = {"words": 0.5, "attributes": 0.5, "vectors": 0.0}
 PAGES = {"/search": {"query": "running shoes"}, "/recommend": {}, "/similar": {"item_id": "ITEM"}}
@@ -188,7 +189,7 @@ def test_an_event_of_a_clock_that_is_ahead_is_known_to_the_next_page_and_kept_as
     for again in (False, True):
         if again:
             assert shop.post("/reload").status_code == 200
-        told = shop.service.engine.memory.histories(shop.store.pseudonym("anna"), time.time_ns() // 1_000_000 + 1)
+        told = shop.service.engine.memory.histories(shop.store.pseudonym("anna"), time.time_ns() // 1_000_000)
         assert (told["item"] >= 0).sum() == 1 and shop.kept()["ts"].tolist() == [ahead]
 
 
@@ -344,7 +345,8 @@ def test_erasure_takes_everything_and_is_remembered(saved, tmp_path):
     shop.close()
 
 
-def test_erased_while_a_model_loads_is_erased_and_whoever_comes_back_is_somebody_new(saved, tmp_path):
+@pytest.mark.parametrize("back", ["before", "after"])
+def test_erased_while_a_model_loads_is_erased_and_whoever_comes_back_is_somebody_new(saved, tmp_path, back):
     opening, go_on, opened = threading.Event(), threading.Event(), []
 
     def load() -> Engine:
@@ -362,13 +364,34 @@ def test_erased_while_a_model_loads_is_erased_and_whoever_comes_back_is_somebody
     reloading.start()
     assert opening.wait(30)
     assert shop.client.delete(f"/users/{known}").json()["forgotten"]
+    if back == "before":
+        shop.post("/events", [shop.click(known, 2)])
     go_on.set()
     reloading.join()
-    assert shop.service.engine is opened[1] and shop.store.pseudonym(known) not in opened[1].users
-    shop.post("/events", [shop.click(known, 2)])
+    assert shop.service.engine is opened[1] and (shop.store.pseudonym(known) in opened[1].users) == (back == "before")
+    shop.post("/events", [shop.click(known, 2)])  # sent again, it is the same one
     told = shop.service.engine.memory.histories(shop.store.pseudonym(known), time.time_ns())
     assert len(told) == 1 and len(shop.kept().query("user_id.notna()")) == 1
     shop.close()
+
+
+def test_nobody_waits_until_a_large_file_is_written_anew(shop, monkeypatch):
+    monkeypatch.setattr(module, "PATIENCE", 0.05)
+    go_on, overwrite = threading.Event(), shop.store.overwrite
+    monkeypatch.setattr(shop.store, "overwrite", lambda: go_on.wait(30) and overwrite())
+    shop.post("/events", [shop.click("anna", 1), shop.click("bob", 2)])
+    done = shop.client.delete("/users/anna").json()
+    assert (done["rows"], done["overwritten"]) == (1, False)
+    go_on.set()
+    monkeypatch.setattr(module, "PATIENCE", 30)
+    assert shop.client.delete("/users/bob").json()["overwritten"]
+
+
+@pytest.mark.parametrize("told", ["", "[", "\xff"])
+def test_a_damaged_list_of_who_was_erased_is_named(saved, shop, tmp_path, told):
+    (tmp_path / "list.json").write_bytes(told.encode("latin-1"))
+    with pytest.raises(ServeError, match="list.json: is not the list of who was erased"):
+        Service(lambda: Engine.load(saved), shop.store, tmp_path / "list.json")
 
 
 def test_a_model_of_the_stores_own_log_knows_and_forgets_the_same_shoppers(saved, tmp_path):
@@ -852,7 +875,7 @@ def test_a_request_that_takes_too_long_is_given_up(open_shop):
 def test_rows_of_a_batch_are_named_by_their_place():
     good = UbiSaid(query_id="q", timestamp="2025-11-03T10:15:00Z", user_query="hat")
     with pytest.raises(Refused) as caught:
-        event_rows([good, good.model_copy(update={"timestamp": "x"})], 1_762_164_900_000)
+        event_rows([good, good.model_copy(update={"timestamp": "x"})], 1_762_164_900_000, str)
     assert caught.value.field == "1.timestamp"
 
 

@@ -222,8 +222,9 @@ def test_what_nobody_has_heard_of_is_new_when_it_is_sent_again_and_nothing_else(
         with pytest.raises(StoreGone):
             store.append(both)
         away.clear()
+        assert store.submit([both[1] | {"query": "another"}]).result(60) == set(), "not what is stored under this id"
         assert store.submit(both).result(60) == {"e2"} and store.submit(both).result(60) == set()
-        assert len(store.events()) == 2 == store.counts["new"] and store.counts["different"] == 0
+        assert len(store.events()) == 2 and store.counts == {"new": 2, "different": 1, "repeated": 3}
 
 
 def test_one_spoilt_batch_spoils_no_other(shop, monkeypatch):

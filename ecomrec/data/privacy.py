@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from .artefacts import to_disk
+
 # %% ../../nbs/data/15_privacy.ipynb #7b10a008
 PSEUDONYM = re.compile(r"[a-z][0-9a-f]{32}")
 
@@ -76,22 +78,13 @@ def _master_key(path: Path) -> bytes:
             pass  # another process was faster: its key is ours too
         finally:
             half.unlink()
-        _to_disk(path.parent)
+        to_disk(path.parent)
     if path.stat().st_mode & 0o077:
         raise KeyringError(f"{path}: others than its owner may read it; make it private with chmod 600, and think who has read it")
     key = path.read_bytes()
     if len(key) != 32:
         raise KeyringError(f"{path}: holds {len(key)} bytes instead of 32; put back the copy that you keep of it")
     return key
-
-
-def _to_disk(folder: Path) -> None:
-    """Force the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 # %% ../../nbs/data/15_privacy.ipynb #7b10a014
 class _DataKey(NamedTuple):

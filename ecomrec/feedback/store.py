@@ -422,7 +422,7 @@ def _insert_events(connection: sa.Connection, rows: list[dict]) -> set[str]:
     return set(connection.scalars(insert.on_conflict_do_nothing().returning(_EVENTS.c.event_id), rows))
 
 
-def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[list[dict]]) -> tuple[list[set[str]], int]:
+def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[list[dict]]) -> tuple[list[set[str]], list[str]]:
     """Write events that are not there yet.
 
     Args:
@@ -430,17 +430,17 @@ def insert_new(connection: sa.Connection, keyring: Keyring, batches: Sequence[li
         keyring: Seals the personal fields.
         batches: Checked rows.
     Returns:
-        The ids of each batch that were new, and how many of all had the id of another event.
+        The ids of each batch that were new, and the id of each event that is not the one stored under it.
     """
     rows = sorted((row for batch in batches for row in batch), key=lambda row: row["event_id"])
     if not rows:
-        return [set() for _ in batches], 0
+        return [set() for _ in batches], []
     new = _insert_events(connection, sealed_rows(keyring, "events", rows))
     repeated = [row for row in rows if row["event_id"] not in new]
     if len(repeated) + len(new) < len(rows):  # an id stands twice among these
         repeated = rows
     known = _stored(connection, keyring, sorted({row["event_id"] for row in repeated}))
-    differ = sum(row != known[row["event_id"]] for row in repeated)
+    differ = [row["event_id"] for row in repeated if row != known[row["event_id"]]]
     each = []
     for batch in batches:
         each.append({row["event_id"] for row in batch} & new)
@@ -616,7 +616,8 @@ class Store:
     def _write(self, jobs: list[_Job]) -> list:
         """Some appends, or one change, in a transaction that has the lock before it seals or destroys anything.
 
-        An event counts as new until an answer of a commit says that it is there: where only the answer was lost, nobody has heard of it.
+        An event counts as new until an answer of a commit says that it is there: where only the answer was lost, nobody has heard of it
+        (and where the commit was, and another process wrote it, it is counted twice).
         """
         with _reached(self._engine), self._engine.connect().execution_options(begin="BEGIN IMMEDIATE") as connection, connection.begin():
             if self._engine.dialect.name == "postgresql":  # changes wait for appends and the other way round; appends share
@@ -624,14 +625,14 @@ class Store:
             if jobs[0].change:
                 return [jobs[0].change(connection)]
             each, differ = insert_new(connection, self.keyring, [job.rows for job in jobs])
-            unheard = set(self._unheard)
+            unheard = self._unheard.difference(differ)
             for job, new in zip(jobs, each):
                 new |= unheard & {row["event_id"] for row in job.rows}
                 unheard -= new
             fresh = set().union(*each)
             self._unheard |= fresh
         self._unheard -= fresh
-        self.counts.update(new=len(fresh), repeated=sum(len(job.rows) for job in jobs) - len(fresh) - differ, different=differ)
+        self.counts.update(new=len(fresh), repeated=sum(len(job.rows) for job in jobs) - len(fresh) - len(differ), different=len(differ))
         return each
 
     def _change(self, change: Callable[[sa.Connection], object]) -> object:
@@ -746,7 +747,7 @@ class Store:
     def overwrite(self) -> bool:
         """Write SQLite's file anew and empty its journal if rows were removed, for copies of them may stand where rows were moved.
 
-        Events wait meanwhile, some seconds for each gigabyte.
+        Events wait meanwhile, some seconds for each gigabyte; those that wait longer than `patience` are refused, and can be sent again.
 
         Returns:
             Whether nothing of removed rows is left; False while a reader holds the file, where the disk has no room, and for PostgreSQL.

@@ -129,7 +129,8 @@ def measured(run: Path, engine: Engine, cached: bool, seconds: float) -> tuple[l
 
 
 def soaked(run: Path, engine: Engine, minutes: float, per_second: float) -> dict[str, float]:
-    """Memory during minutes at about a given load of all endpoints; before, the full load for two fifths as long, until what is held of the last events, queries and pages has reached its bounds."""
+    """Memory during minutes at about a given load of all endpoints, of one process that is at work: before them come the full load for two fifths as long, until what is held of the last
+    events, queries and pages has reached its bounds, and the given load for a tenth as long."""
     with serving(run) as (address, key, process, _), tempfile.TemporaryDirectory() as folder:
         lines = [line for several in zip(*asked(engine, 40_000, 99).values()) for line in several]
         bodies = Path(folder) / "mixed.txt"
@@ -138,9 +139,9 @@ def soaked(run: Path, engine: Engine, minutes: float, per_second: float) -> dict
         first = process.memory_info().rss
         wrk(address, key, bodies, CLIENTS[-1], 24 * minutes)
         with ThreadPoolExecutor(1) as crowd:
-            asking, held = crowd.submit(wrk, address, key, bodies, CLIENTS[-1], 60 * minutes, pause), [process.memory_info().rss]
-            while not asking.done():
-                time.sleep(min(60, 6 * minutes))
+            asking, held = crowd.submit(wrk, address, key, bodies, CLIENTS[-1], 67 * minutes, pause), []
+            for _ in range(11):
+                time.sleep(6 * minutes)
                 held.append(process.memory_info().rss)
     return {"minutes": minutes, "first_mib": round(first / 2**20, 1), "rss_mib": [round(rss / 2**20, 1) for rss in held], "change": round(held[-1] / held[0] - 1, 4), **asking.result()}
 
@@ -156,7 +157,7 @@ def table(source: str, rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=10, help="how long each cell is measured (default: 10)")
-    parser.add_argument("--minutes", type=float, default=10, help="how long memory is watched, 0 for not (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10, help="how long memory is watched, in ten steps; 0 for not (default: 10)")
     parser.add_argument("--sources", nargs="+", default=["shop", "chorus"], help="whose engines (default: shop chorus)")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.json", help="where the numbers go")
     arguments = parser.parse_args()
