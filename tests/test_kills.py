@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import threading
 import time
@@ -173,6 +174,8 @@ async def send_until_kept(place: tuple[str, int], name: str) -> int:
 
 
 def test_a_crowd_that_waits_for_the_database_shuts_nobody_out_of_the_pages(engines, postgres, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
     served = Served(engines[0], postgres.database(), tmp_path, threads=1)
     served.wait(lambda: len(served.acknowledged) >= 1)
     postgres.stop()

@@ -262,20 +262,22 @@ def test_what_can_never_be_written_is_told_alone_also_behind_an_empty_batch(shop
             refused.result(60)
 
 
-def test_an_erasure_is_done_also_where_the_file_cannot_be_written_anew(tmp_path):
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database or disk is full"), sqlite3.DatabaseError("database disk image is malformed")])
+def test_an_erasure_is_done_also_where_the_file_cannot_be_written_anew(tmp_path, error):
     def full(connection, cursor, statement, *_):
         if statement == "VACUUM":
-            raise sqlite3.OperationalError("database or disk is full")
+            raise error
 
     with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
         anna = store.pseudonym("anna")
         store.append([EVENT | {"user_id": anna}])
+        assert store.overwrite(), "nothing was removed"
         sa.event.listen(store._engine, "before_cursor_execute", full)
         gone = store.erase(anna)
         assert gone.rows == 1 and not gone.overwritten and not len(store.events()) and not store.erase(anna).overwritten
     with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
         sa.event.listen(store._engine, "before_cursor_execute", full)
-        assert not store.erase(anna).overwritten  # it is not known what was left when the last process ended
+        assert not store.erase(anna).overwritten  # the file knows what was left when the last process ended
         sa.event.remove(store._engine, "before_cursor_execute", full)
         assert store.erase(anna).overwritten
 

@@ -458,6 +458,11 @@ def _put_users(connection: sa.Connection, keyring: Keyring, rows: Sequence[Mappi
 _FOREVER = 2**63 - 1
 
 
+def _removals(connection: sa.Connection) -> int:
+    """How often rows were removed from SQLite's file since it was last written anew."""
+    return connection.exec_driver_sql("PRAGMA user_version").one()[0]
+
+
 class Derived(NamedTuple):
     """Something made from the log: where and what it is, when it was made (0: not yet), the moments of its events, all in milliseconds since 1970, and how many users in it were forgotten since."""
 
@@ -599,7 +604,7 @@ class Store:
             self._engine.dispose()
             self.keyring.close()
             raise
-        self._unheard, self._stale, self._writing_anew = set(), True, threading.Lock()  # stale: perhaps removed rows can still be read in SQLite's file
+        self._unheard = set()
         self._writer = _Writer(self._write, room, patience)
 
     def pseudonym(self, user_id: str) -> str:
@@ -735,8 +740,8 @@ class Store:
 
         def change(connection: sa.Connection) -> tuple:
             found = _erased(connection, self.keyring, user_id, known)
-            if found[0]:
-                self._stale = True  # before the commit: its answer may be lost
+            if found[0] and connection.dialect.name == "sqlite":  # in the file itself, or nobody would know of it after this process
+                connection.exec_driver_sql(f"PRAGMA user_version = {_removals(connection) + 1}")
             if found[0] or not done:  # if only the answer of the commit was lost, the second time finds nothing
                 done[:] = [(found[0], found[1] or any(before[1] for before in done), found[2])]
             return done[0]
@@ -750,19 +755,23 @@ class Store:
         Events wait meanwhile, some seconds for each gigabyte; those that wait longer than `patience` are refused, and can be sent again.
 
         Returns:
-            Whether nothing of removed rows is left; False while a reader holds the file, where the disk has no room, and for PostgreSQL.
+            Whether nothing of removed rows is left; False while a reader holds the file, where it cannot be written, and for PostgreSQL.
         """
         if self._engine.dialect.name != "sqlite":
             return False
-        with self._writing_anew:
-            if self._stale:
-                self._stale, held = False, True  # rows may be removed while it runs
-                with suppress(StoreGone), _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
-                    connection.exec_driver_sql("VACUUM")
-                    held = bool(connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0])
-                if held:
-                    self._stale = True
-            return not self._stale
+        with suppress(StoreError), _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
+            removed = _removals(connection)
+            if not removed:
+                return True
+            connection.exec_driver_sql("VACUUM")
+            if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]:
+                return False
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            if done := _removals(connection) == removed:  # none were meanwhile
+                connection.exec_driver_sql("PRAGMA user_version = 0")
+            connection.exec_driver_sql("COMMIT")
+            return done
+        return False
 
     # Reading
 
