@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import random
-import resource
 import signal
 import threading
 import time
@@ -22,6 +21,7 @@ from ecomrec.data.tables import check
 from ecomrec.feedback.store import Store
 from ecomrec.search.engine import Engine
 from ecomrec.search.recipe import Recipe
+from ecomrec.serve.service import _most_connections
 
 KILLS = [10, pytest.param(100, marks=pytest.mark.slow)]
 WORDS = {"words": 0.5, "attributes": 0.5, "vectors": 0.0}
@@ -174,8 +174,7 @@ async def send_until_kept(place: tuple[str, int], name: str) -> int:
 
 
 def test_a_crowd_that_waits_for_the_database_shuts_nobody_out_of_the_pages(engines, postgres, tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    _most_connections()  # of this process too, as the service does for its own
     served = Served(engines[0], postgres.database(), tmp_path, threads=1)
     served.wait(lambda: len(served.acknowledged) >= 1)
     postgres.stop()
