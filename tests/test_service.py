@@ -422,6 +422,23 @@ def test_a_model_of_the_stores_own_log_knows_and_forgets_the_same_shoppers(saved
     shop.close()
 
 
+def test_what_a_model_tells_of_nobody_is_forgotten_too(saved, tmp_path):
+    first = Shop(saved, tmp_path)
+    first.post("/events", [first.click("anna", 1, kind="rating", stars=5), first.click("bob", 2)])
+    log = pd.read_parquet(first.store.export(tmp_path / "log.parquet"))
+    own, anna = tmp_path / "own", first.store.pseudonym("anna")
+    first.close()
+    Engine.from_products(Engine.load(saved).products, recipe=Recipe(candidates=WORDS, order=WORDS), events=log).save(own)
+    shop = Shop(own, tmp_path)
+    held = lambda: set(shop.service.engine.memory.whole_log()["user_id"].dropna())
+    assert held() == {anna, shop.store.pseudonym("bob")} and shop.service.engine.known_between(anna) is None
+    assert shop.client.delete("/users/anna").json()["rows"] == 1
+    for _ in range(2):
+        assert held() == {shop.store.pseudonym("bob")}
+        assert shop.post("/reload").status_code == 200
+    shop.close()
+
+
 def test_whoever_is_known_to_the_model_alone_is_told_of_it(saved, tmp_path):
     shop = Shop(saved, tmp_path)
     shop.store.derived("model", saved, until=shop.service.engine.until)

@@ -458,8 +458,8 @@ def _put_users(connection: sa.Connection, keyring: Keyring, rows: Sequence[Mappi
 _FOREVER = 2**63 - 1
 
 
-def _removals(connection: sa.Connection) -> int:
-    """How often rows were removed from SQLite's file since it was last written anew."""
+def _removal(connection: sa.Connection) -> int:
+    """Mark of the last removal of rows from SQLite's file; 0 if it was written anew since."""
     return connection.exec_driver_sql("PRAGMA user_version").one()[0]
 
 
@@ -612,6 +612,11 @@ class Store:
         return self.keyring.pseudonym(user_id)
 
     @property
+    def is_file(self) -> bool:
+        """Whether the events lie in a file of SQLite."""
+        return self._engine.dialect.name == "sqlite"
+
+    @property
     def waiting(self) -> int:
         """How many events wait to be written."""
         return self._writer.waiting
@@ -740,8 +745,8 @@ class Store:
 
         def change(connection: sa.Connection) -> tuple:
             found = _erased(connection, self.keyring, user_id, known)
-            if found[0] and connection.dialect.name == "sqlite":  # in the file itself, or nobody would know of it after this process
-                connection.exec_driver_sql(f"PRAGMA user_version = {_removals(connection) + 1}")
+            if found[0] and self.is_file:  # in the file itself, or nobody would know of it after this process
+                connection.exec_driver_sql(f"PRAGMA user_version = {1 + secrets.randbelow(2**31 - 1)}")
             if found[0] or not done:  # if only the answer of the commit was lost, the second time finds nothing
                 done[:] = [(found[0], found[1] or any(before[1] for before in done), found[2])]
             return done[0]
@@ -757,17 +762,20 @@ class Store:
         Returns:
             Whether nothing of removed rows is left; False while a reader holds the file, where it cannot be written, and for PostgreSQL.
         """
-        if self._engine.dialect.name != "sqlite":
+        if not self.is_file:
             return False
         with suppress(StoreError), _reached(self._engine), self._engine.connect().execution_options(begin="") as connection:
-            removed = _removals(connection)
+            removed = _removal(connection)
             if not removed:
                 return True
+            held = lambda: connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+            if held():  # before, too: while somebody reads, each new file would be added to the journal
+                return False
             connection.exec_driver_sql("VACUUM")
-            if connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]:
+            if held():
                 return False
             connection.exec_driver_sql("BEGIN IMMEDIATE")
-            if done := _removals(connection) == removed:  # none were meanwhile
+            if done := _removal(connection) == removed:  # none were meanwhile
                 connection.exec_driver_sql("PRAGMA user_version = 0")
             connection.exec_driver_sql("COMMIT")
             return done

@@ -720,7 +720,7 @@ class Service:
         if not own:
             engine.rename_users(self.store.pseudonym)
         began = time.monotonic()
-        known_before = [user for user, moment in self._erased().items() if (known := engine.known_between(user)) and known[0] <= moment]
+        known_before = [user for user, moment in self._erased().items() if (known := engine.known_between(user)) is None or known[0] <= moment]  # None: its log may hold more than it tells
         if still := sum([engine.forget(user) for user in known_before]):
             say("model still holds erased users", users=still, advice="train it again on what the store exports now")
         known = engine.memory.ids(since)
@@ -799,7 +799,8 @@ class Service:
         """Leave no copy of removed rows in the store's file, and try again where that fails; at intervals, for events wait meanwhile."""
         while not self.closing.wait(OVERWRITING):
             try:
-                self.store.overwrite()
+                if not self.store.overwrite() and self.store.is_file:
+                    say("file not written anew", advice="somebody reads it, or it cannot be written; it is tried again")
             except Exception as error:
                 say("file not written anew", error)
 
