@@ -52,7 +52,7 @@ def test_a_field_cut_short_is_refused(keyring, length):
 
 
 def test_whoever_opens_a_new_folder_at_once_gets_the_same_keys(tmp_path):
-    for round in range(10):
+    for round in range(100):
         together = threading.Barrier(8)
 
         def opened(number: int) -> tuple:

@@ -35,7 +35,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 import ecomrec
 from ..data.artefacts import MANIFEST, sha256, sweep
-from ..data.privacy import PSEUDONYM, Keyring, KeyringError
+from ..data.privacy import PSEUDONYM, Keyring, KeyringError, durable
 from ..data.tables import _YEAR_2000, _YEAR_2100, CONTRACTS, KEYS, KINDS, TableError, check, empty
 
 # %% ../../nbs/feedback/05_store.ipynb #5709e006
@@ -210,8 +210,7 @@ class StoreGone(StoreError):
 def _lite(connection: sqlite3.Connection, _record: object) -> None:
     """What a new connection to SQLite is told."""
     connection.isolation_level = None
-    for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
-        connection.execute(f"PRAGMA {setting}")
+    durable(connection)
 
 
 def _begin(connection: sa.Connection) -> None:
