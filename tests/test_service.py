@@ -4,8 +4,8 @@ import asyncio
 import io
 import itertools
 import json
-import queue
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -383,14 +383,26 @@ def test_erased_while_a_model_loads_is_erased_and_whoever_comes_back_is_somebody
 
 
 def test_after_an_erasure_the_file_is_written_anew_and_until_that_succeeds(saved, tmp_path, monkeypatch):
+    erased, done, heard = threading.Event(), threading.Event(), io.StringIO()
+    ways = itertools.chain([lambda store: 1 / 0, lambda store: False], itertools.repeat(Store.overwrite))
+
+    def overwrite(store: Store) -> bool:
+        erased.wait(60)
+        if found := next(ways)(store):
+            done.set()
+        return found
+
     monkeypatch.setattr(module, "OVERWRITING", 0.01)
-    shop, said = Shop(saved, tmp_path), queue.Queue()
-    overwrite, ways = shop.store.overwrite, itertools.chain([lambda: 1 / 0, lambda: False], itertools.repeat(None))
-    monkeypatch.setattr(shop.store, "overwrite", lambda: said.put((next(ways) or overwrite)()))
+    monkeypatch.setattr(Store, "overwrite", overwrite)
+    removed = lambda: sqlite3.connect(tmp_path / "events.sqlite").execute("PRAGMA user_version").fetchone()[0]
+    log_to(heard)
+    shop = Shop(saved, tmp_path)
     shop.post("/events", [shop.click("anna")])
-    assert shop.client.delete("/users/anna").json()["rows"] == 1
-    assert [said.get(timeout=30) for _ in range(2)] == [False, True]
+    assert removed() == 0 and shop.client.delete("/users/anna").json()["rows"] == 1 and removed() != 0
+    erased.set()
+    assert done.wait(60) and removed() == 0
     shop.close()
+    assert [line.get("type") for line in map(json.loads, heard.getvalue().splitlines()) if line["event"] == "file not written anew"] == ["ZeroDivisionError", None]
 
 
 @pytest.mark.parametrize("told", ["", "[", "\xff", "null", "7", "[1]", '"abc"', '["u0"]', '{"anna": 1}', '{"u%s": true}' % ("0" * 32)])
@@ -422,20 +434,65 @@ def test_a_model_of_the_stores_own_log_knows_and_forgets_the_same_shoppers(saved
     shop.close()
 
 
-def test_what_a_model_tells_of_nobody_is_forgotten_too(saved, tmp_path):
+def test_what_a_model_holds_and_tells_of_nobody_is_forgotten_too(saved, tmp_path):
     first = Shop(saved, tmp_path)
     first.post("/events", [first.click("anna", 1, kind="rating", stars=5), first.click("bob", 2)])
-    log = pd.read_parquet(first.store.export(tmp_path / "log.parquet"))
-    own, anna = tmp_path / "own", first.store.pseudonym("anna")
+    old = pd.read_parquet(first.store.export(tmp_path / "log.parquet"))
+    own, anna, bob = tmp_path / "own", first.store.pseudonym("anna"), first.store.pseudonym("bob")
+    made_of = lambda log: Engine.from_products(Engine.load(saved).products, recipe=Recipe(candidates=WORDS, order=WORDS), events=log).save(own)
+    made_of(old)
+    first.store.erase(anna)  # the model alone holds her now
+    first.store.derived("model", own, until=int(old["ts"].max()))
     first.close()
-    Engine.from_products(Engine.load(saved).products, recipe=Recipe(candidates=WORDS, order=WORDS), events=log).save(own)
-    shop = Shop(own, tmp_path)
+    shop, heard = Shop(own, tmp_path), io.StringIO()
     held = lambda: set(shop.service.engine.memory.whole_log()["user_id"].dropna())
-    assert held() == {anna, shop.store.pseudonym("bob")} and shop.service.engine.known_between(anna) is None
+    assert held() == {anna, bob} and anna not in shop.service.engine.users
+    done = shop.client.delete("/users/anna").json()
+    assert done["forgotten"] and done["rows"] == 0 and str(own) in done["derived"]
+    assert shop.client.delete("/users/anna").status_code == 404 and held() == {bob}
+    log_to(heard)
+    shop.post("/events", [shop.click("anna", 3)])
+    new = pd.read_parquet(shop.store.export(tmp_path / "log.parquet"))
+    for log, left in ((old, {bob}), (pd.concat([old[old["user_id"] == anna], new]), {bob}), (new, {anna, bob})):
+        made_of(log)
+        assert shop.post("/reload").status_code == 200 and held() == left
+    assert [line["users"] for line in map(json.loads, heard.getvalue().splitlines()) if line["event"] == "model still holds erased users"] == [1, 1]
+    shop.close()
+
+
+def test_whoever_joins_again_is_known_to_the_next_model(saved, tmp_path):
+    shop, own = Shop(saved, tmp_path), tmp_path / "own"
+    anna = shop.store.pseudonym("anna")
+    shop.post("/events", [shop.click("anna", 1)])
     assert shop.client.delete("/users/anna").json()["rows"] == 1
-    for _ in range(2):
-        assert held() == {shop.store.pseudonym("bob")}
-        assert shop.post("/reload").status_code == 200
+    shop.post("/events", [shop.click("anna", 2)])
+    log = pd.read_parquet(shop.store.export(tmp_path / "log.parquet"))
+    for joined, known in ((1, False), (None, False), (time.time_ns() // 1_000_000 + 1, True)):
+        shop.store.put_users(pd.DataFrame({"user_id": [anna], "age": [30], "joined_ts": [joined]}))
+        Engine.from_products(Engine.load(saved).products, recipe=Recipe(candidates=WORDS, order=WORDS), users=shop.store.users(), events=log).save(own)
+        shop.service.load = lambda: Engine.load(own)
+        assert shop.post("/reload").status_code == 200 and (anna in shop.service.engine.users) == known
+    shop.close()
+
+
+def test_what_comes_after_an_erasure_is_known_although_a_model_was_just_reading_it(saved, tmp_path, monkeypatch):
+    shop, reading, go_on, acts = Shop(saved, tmp_path), threading.Event(), threading.Event(), Store.acts
+    anna = shop.store.pseudonym("anna")
+    shop.post("/events", [shop.click("anna", 1)])
+
+    def held_up(store: Store, since: int):
+        reading.set()
+        go_on.wait(60)
+        return acts(store, since)
+
+    monkeypatch.setattr(Store, "acts", held_up)
+    reloading = threading.Thread(target=lambda: shop.post("/reload"))
+    reloading.start()
+    assert reading.wait(60) and shop.client.delete("/users/anna").json()["rows"] == 1
+    shop.post("/events", [shop.click("anna", 2)])
+    go_on.set()
+    reloading.join()
+    assert len(shop.service.engine.memory.histories(anna, time.time_ns())) == 1
     shop.close()
 
 

@@ -120,11 +120,11 @@ class Histories:
             n[user] = n.get(user, 0) + self.news(user)
         return sorted(n, key=lambda user: (-n[user], user))
 
-    def forget(self, user: str) -> bool:
-        """Drop a shopper's events; says whether there were any."""
+    def forget(self, user: str) -> None:
+        """Drop a shopper's events."""
         start, stop = self.part.pop(user, (0, 0))
         self.past[start:stop] = np.zeros(1, EVENT)  # nothing of it stays in this process
-        return self.fresh.pop(user, None) is not None or stop > start
+        self.fresh.pop(user, None)
 
     def rename(self, name: Callable[[str], str]) -> None:
         """Call every shopper by another name."""
@@ -185,14 +185,37 @@ class Memory:
             return set(pd.read_parquet(self.log, columns=["event_id"], filters=[("ts", ">=", since)])["event_id"])
         return set(self.log.loc[self.log["ts"] >= since, "event_id"])
 
-    def whole_log(self) -> pd.DataFrame:
-        """All events that are remembered, under the names that shoppers have now."""
-        log = pd.read_parquet(self.log) if isinstance(self.log, Path) else self.log
-        log = log.assign(user_id=log["user_id"].map(self.called, na_action="ignore").astype("str"))
+    def whole_log(self, columns: list[str] | None = None) -> pd.DataFrame:
+        """All events that are remembered, under the names that shoppers have now.
+
+        Args:
+            columns: Which; user_id and session_id are among them. All where left out.
+        """
+        log = pd.read_parquet(self.log, columns=columns) if isinstance(self.log, Path) else self.log[columns or list(self.log)]
+        log = log.assign(user_id=log["user_id"].map({name: self.called(name) for name in log["user_id"].dropna().unique()}).astype("str"))
         if self.gone:  # with what nobody sent in her visits, before she said who she is
             hers = log["user_id"].isin(self.gone)
             log = log[~hers & ~(log["user_id"].isna() & log["session_id"].isin(log.loc[hers, "session_id"]))]
-        return pd.concat([log, check("events", pd.DataFrame(self.later))], ignore_index=True) if self.later else log
+        return pd.concat([log, check("events", pd.DataFrame(self.later))], join="inner", ignore_index=True) if self.later else log
+
+    def known_between(self, users: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Moments of the first and the last thing that is remembered of shoppers, milliseconds since the epoch.
+
+        What one told counts from the day of joining, or from the beginning where that is not known, to the end of the log.
+
+        Args:
+            users: Whom it is about.
+        Returns:
+            By user; whoever is a stranger is not in it. Takes as long as reading three columns of the log.
+        """
+        log = self.whole_log(["user_id", "session_id", "ts"])
+        moments = {user: of.tolist() for user, of in log[log["user_id"].isin(users)].groupby("user_id")["ts"]}
+        for user in users:
+            told = self.histories(user, np.iinfo(np.int64).max)["ts"].tolist()
+            told += [int(self.people[user].joined_ts or 0), self.until] if user in self.people else []
+            if told:
+                moments.setdefault(user, []).extend(told)
+        return {user: (min(of), max(of)) for user, of in moments.items()}
 
     def queries_of_several(self, least: int = 3) -> list[str]:
         """Queries that at least so many shoppers asked, most first: none of them tells of one person alone."""
@@ -251,12 +274,12 @@ class Memory:
             events = check("events", events.drop_duplicates("event_id"), stage="clean", where="observe")
             events = events.astype(object).where(events.notna(), None).to_dict("records")
         fresh = {row["event_id"]: row for row in reversed(events) if row["event_id"] not in self.seen}
-        self.seen.update(dict.fromkeys(fresh))
+        self.seen.update((name, (row["user_id"], None)) for name, row in fresh.items())
         for row in sorted(fresh.values(), key=lambda row: (row["ts"], row["event_id"])):
             request, user = ("request", row["request_id"]), row["user_id"]
-            asks = row["request_id"] is not None and (request not in self.seen or row["query"] is not None and not self.seen[request])
+            asks = row["request_id"] is not None and (request not in self.seen or row["query"] is not None and self.seen[request][1] is None)
             if asks:
-                self.seen[request] = row["query"] is not None
+                self.seen[request] = user, row["query"]
             if user is None:
                 continue
             surface, phone = SURFACES.index(row["surface"]) if row["surface"] in SURFACES else -1, row["device"] == "phone"
@@ -279,13 +302,14 @@ class Memory:
             self.queries[text] = len(self.texts) - 1
         return self.queries.get(text, -1)
 
-    def forget(self, user: str) -> bool:
-        """Drop all that is known of a shopper; says whether there was anything. Counters lose it with the next `refresh`; what she does afterwards is learned anew."""
-        known = user in self.users.index
-        self.users, self.later = self.users.drop(user, errors="ignore"), [row for row in self.later if row["user_id"] != user]
-        self.people.pop(user, None)
-        self.gone.add(user)
-        return self.histories.forget(user) or known
+    def forget(self, *users: str) -> None:
+        """Drop all that is known of shoppers. Counters lose it with the next `refresh`; what they do afterwards is learned anew."""
+        self.users, self.later = self.users.drop([*users], errors="ignore"), [row for row in self.later if row["user_id"] not in users]
+        self.seen = {name: of for name, of in self.seen.items() if of[0] not in users}
+        self.gone.update(users)
+        for user in users:
+            self.people.pop(user, None)
+            self.histories.forget(user)
 
     def rename(self, name: Callable[[str], str]) -> None:
         """Call every shopper of the log and of the users table by another name, such as a pseudonym; what comes later must use it. Once, before the first event."""

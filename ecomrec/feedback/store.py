@@ -462,6 +462,16 @@ def _removal(connection: sa.Connection) -> int:
     return connection.exec_driver_sql("PRAGMA user_version").one()[0]
 
 
+def _checkpointed(connection: sa.Connection) -> bool:
+    """Empty the journal of SQLite's file; False at once where somebody reads it, for whoever writes waits with this."""
+    patience = connection.exec_driver_sql("PRAGMA busy_timeout").one()[0]
+    connection.exec_driver_sql("PRAGMA busy_timeout = 100")
+    try:
+        return not connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+    finally:
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {patience}")
+
+
 class Derived(NamedTuple):
     """Something made from the log: where and what it is, when it was made (0: not yet), the moments of its events, all in milliseconds since 1970, and how many users in it were forgotten since."""
 
@@ -767,11 +777,10 @@ class Store:
             removed = _removal(connection)
             if not removed:
                 return True
-            held = lambda: connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
-            if held():  # before, too: while somebody reads, each new file would be added to the journal
+            if not _checkpointed(connection):  # before, too: while somebody reads, each new file would be added to the journal
                 return False
             connection.exec_driver_sql("VACUUM")
-            if held():
+            if not _checkpointed(connection):
                 return False
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             if done := _removal(connection) == removed:  # none were meanwhile

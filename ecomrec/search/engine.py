@@ -456,21 +456,18 @@ class Engine:
         """How many events of a shopper came since the engine was opened: as long as it stays the same, so do the pages of one moment."""
         return 0 if self._memory is None else self.memory.histories.news(user)
 
-    def known_between(self, user: str) -> tuple[int, int] | None:
-        """Moments of the first and the last thing that is remembered of a shopper, milliseconds since the epoch; None where there is nothing."""
-        if self._memory is None:
-            return None
-        told = self.memory.histories(user, np.iinfo(np.int64).max)
-        return (0, self.until) if user in self.memory.people else (int(told["ts"].min()), int(told["ts"].max())) if len(told) else None
+    def known_between(self, users: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Moments of the first and the last thing that is remembered of shoppers. See `Memory.known_between`."""
+        return {} if self._memory is None else self.memory.known_between(users)
 
-    def forget(self, user: str) -> bool:
-        """Drop what is remembered of a shopper; says whether there was anything."""
-        known = self._memory is not None and self.memory.forget(user)
+    def forget(self, *users: str) -> None:
+        """Drop what is remembered of shoppers."""
+        if self._memory is not None:
+            self.memory.forget(*users)
         self.vector_of.cache_clear()
         if self.voice is not None:
             self.voice.asked.clear()
         self.__dict__.pop("_suggestions", None)
-        return known
 
     def rename_users(self, name: Callable[[str], str]) -> None:
         """Call every shopper by another name, such as a pseudonym; right after loading."""

@@ -676,23 +676,23 @@ class Service:
                 self.log.flush()  # in the store it is seen which visits were hers
             with self.log.writing:
                 self._erasing(user)
-                waited, before, told = self.log.drop(user), self._erased(), self.engine.known_between(user)
+                waited, before, told = self.log.drop(user), self._erased(), self.engine.known_between([user]).get(user)
                 write_json(self.erased, before | {user: _this_moment()})  # before anything is removed: half an erasure can be finished
                 done = self.store.erase(user, told, overwrite=False)
                 with self.observing:
                     self._erasing(user)
-                    remembered = self.engine.forget(user)
+                    self.engine.forget(user)
                     self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
                 self._nothing_cached()
                 waited += self.log.drop(user)
-                if not (waited or done.rows or done.key_destroyed or remembered):
+                if not (waited or done.rows or done.key_destroyed or told):
                     write_json(self.erased, before)
                     raise Refused(404, "no such user of this key", "user_id")
         except StoreError as error:
             raise Refused(503, "the store cannot be reached now; erase again", wait=1) from error
         if caller.tenant == TENANT:
             self.names = [name for name in self.names if name != user_id]
-        return {"rows": waited + done.rows, "key_destroyed": done.key_destroyed, "forgotten": remembered, "derived": [str(one.path) for one in done.derived]}
+        return {"rows": waited + done.rows, "key_destroyed": done.key_destroyed, "forgotten": told is not None, "derived": [str(one.path) for one in done.derived]}
 
     def _erasing(self, user: str) -> None:
         """Note the moment; what was on its way a minute ago has arrived, unless a model is being loaded."""
@@ -720,9 +720,11 @@ class Service:
         if not own:
             engine.rename_users(self.store.pseudonym)
         began = time.monotonic()
-        known_before = [user for user, moment in self._erased().items() if (known := engine.known_between(user)) is None or known[0] <= moment]  # None: its log may hold more than it tells
-        if still := sum([engine.forget(user) for user in known_before]):
-            say("model still holds erased users", users=still, advice="train it again on what the store exports now")
+        if erased := self._erased():
+            still = [user for user, (first, _) in engine.known_between(list(erased)).items() if first <= erased[user]]
+            engine.forget(*still)
+            if still:
+                say("model still holds erased users", users=len(still), advice="train it again on what the store exports now")
         known = engine.memory.ids(since)
         for some in self.store.acts(since):
             fresh = some[~some["event_id"].isin(known)]
@@ -750,9 +752,7 @@ class Service:
                 self.missed = []
             fresh, began = self._opened()
             with self.observing:
-                for user, at in list(self.erasures.items()):
-                    if at > began:
-                        fresh.forget(user)
+                fresh.forget(*[user for user, at in self.erasures.items() if at > began])
                 if self.missed:
                     self._learn(fresh, self.missed)
                 self.engine = fresh
