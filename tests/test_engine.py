@@ -148,7 +148,7 @@ def test_what_is_forgotten_is_in_no_feature_no_suggestion_and_no_saved_file(shop
     engine.forget(user)
     assert user not in engine.users
     engine.save(tmp_path / "engine")
-    saved = pd.concat([pd.read_parquet(tmp_path / "engine" / "memory" / name)[["user_id"]] for name in ("log.parquet", "histories.parquet", "users.parquet")])["user_id"].dropna()
+    saved = pd.concat([pd.read_parquet(tmp_path / "engine" / "memory" / name)[["user_id"]] for name in ("log.parquet", "histories.parquet", "moments.parquet", "users.parquet")])["user_id"].dropna()
     assert len(saved) and user not in set(saved) and saved.str.startswith("alias ").all()
     secret = {text for text in typed if text not in set(pd.read_parquet(tmp_path / "engine" / "memory" / "log.parquet")["query"])}
     written = (tmp_path / "engine" / "memory" / "memory.json").read_text() + pd.read_parquet(tmp_path / "engine" / "memory" / "clicks.parquet").to_string()

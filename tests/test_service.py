@@ -4,13 +4,14 @@ import asyncio
 import io
 import itertools
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -463,15 +464,16 @@ def test_what_a_model_holds_and_tells_of_nobody_is_forgotten_too(saved, tmp_path
 def test_whoever_joins_again_is_known_to_the_next_model(saved, tmp_path):
     shop, own = Shop(saved, tmp_path), tmp_path / "own"
     anna = shop.store.pseudonym("anna")
-    shop.post("/events", [shop.click("anna", 1)])
+    shop.post("/events", [shop.click("anna", 1), shop.click("bob", 9)])
     assert shop.client.delete("/users/anna").json()["rows"] == 1
+    old = pd.read_parquet(shop.store.export(tmp_path / "log.parquet"))
     shop.post("/events", [shop.click("anna", 2)])
-    log = pd.read_parquet(shop.store.export(tmp_path / "log.parquet"))
-    for joined, known in ((1, False), (None, False), (time.time_ns() // 1_000_000 + 1, True)):
+    new = pd.read_parquet(shop.store.export(tmp_path / "log.parquet"))
+    for joined, known, log in itertools.chain(*([(1, False, log), (None, False, log), (time.time_ns() // 1_000_000, True, log)] for log in (old, new))):
         shop.store.put_users(pd.DataFrame({"user_id": [anna], "age": [30], "joined_ts": [joined]}))
         Engine.from_products(Engine.load(saved).products, recipe=Recipe(candidates=WORDS, order=WORDS), users=shop.store.users(), events=log).save(own)
         shop.service.load = lambda: Engine.load(own)
-        assert shop.post("/reload").status_code == 200 and (anna in shop.service.engine.users) == known
+        assert shop.post("/reload").status_code == 200 and (anna in shop.service.engine.memory.people) == known
     shop.close()
 
 
@@ -486,12 +488,12 @@ def test_what_comes_after_an_erasure_is_known_although_a_model_was_just_reading_
         return acts(store, since)
 
     monkeypatch.setattr(Store, "acts", held_up)
-    reloading = threading.Thread(target=lambda: shop.post("/reload"))
-    reloading.start()
-    assert reading.wait(60) and shop.client.delete("/users/anna").json()["rows"] == 1
-    shop.post("/events", [shop.click("anna", 2)])
-    go_on.set()
-    reloading.join()
+    with ThreadPoolExecutor(1) as beside:
+        reloading = beside.submit(shop.post, "/reload")
+        assert reading.wait(60) and shop.client.delete("/users/anna").json()["rows"] == 1
+        shop.post("/events", [shop.click("anna", 2)])
+        go_on.set()
+        assert reloading.result().status_code == 200
     assert len(shop.service.engine.memory.histories(anna, time.time_ns())) == 1
     shop.close()
 
@@ -503,6 +505,27 @@ def test_whoever_is_known_to_the_model_alone_is_told_of_it(saved, tmp_path):
     assert shop.client.delete(f"/users/{known}").json() == {"rows": 0, "key_destroyed": False, "forgotten": True, "derived": [str(saved)]}
     shop.store.derived("model", saved, until=shop.service.engine.until)  # opened again, it is the same model
     assert [made.forgotten for made in shop.store.artefacts()] == [1]
+    shop.close()
+
+
+def test_an_erasure_needs_no_file_of_the_model(saved, tmp_path):
+    shop = Shop(shutil.copytree(saved, tmp_path / "model"), tmp_path)
+    known = shop.client.get("/users").json()["users"][0]
+    shutil.rmtree(tmp_path / "model")
+    assert shop.client.delete(f"/users/{known}").json()["forgotten"] and shop.client.delete(f"/users/{known}").status_code == 404
+    shop.close()
+
+
+def test_whom_a_model_knew_that_came_in_during_the_erasure_stays_erased(saved, tmp_path, monkeypatch):
+    shop = Shop(saved, tmp_path)
+    known, erase = shop.client.get("/users").json()["users"][0], shop.store.erase
+    engine = Engine.load(saved)
+    shop.service.load = lambda: Engine.from_products(engine.products, recipe=Recipe(candidates=WORDS, order=WORDS))
+    assert shop.post("/reload").status_code == 200 and not shop.service.engine.users
+    shop.service.load = lambda: Engine.load(saved)
+    monkeypatch.setattr(shop.store, "erase", lambda *args, **more: (shop.service.reload(), erase(*args, **more))[1])
+    assert shop.client.delete(f"/users/{known}").status_code == 404  # when it was asked nobody knew her
+    assert shop.post("/reload").status_code == 200 and shop.store.pseudonym(known) not in shop.service.engine.users
     shop.close()
 
 

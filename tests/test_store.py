@@ -502,7 +502,7 @@ def test_who_is_forgotten_while_an_export_runs_is_found_in_it(shop, tmp_path):
 
 
 def test_an_erasure_says_while_a_reader_keeps_the_bytes(tmp_path):
-    with Store(tmp_path / "shop.db", tmp_path / "keys", patience=3) as store:
+    with Store(tmp_path / "shop.db", tmp_path / "keys") as store:
         anna = store.pseudonym("anna")
         store.append([EVENT | {"user_id": anna}])
         reader = sqlite3.connect(tmp_path / "shop.db", isolation_level=None)
@@ -511,10 +511,12 @@ def test_an_erasure_says_while_a_reader_keeps_the_bytes(tmp_path):
         assert not store.erase(anna).overwritten
         journal = (tmp_path / "shop.db-wal").stat().st_size
         assert not store.overwrite() and (tmp_path / "shop.db-wal").stat().st_size == journal, "a try costs no space"
+        writer = sqlite3.connect(tmp_path / "shop.db", timeout=3, isolation_level=None)
         with ThreadPoolExecutor(1) as beside:
-            tried, number = beside.submit(store.overwrite), 0
+            tried = beside.submit(store.overwrite)
             while not tried.done():
-                store.append([EVENT | {"event_id": f"beside {(number := number + 1)}"}])  # and no patience
+                writer.execute("BEGIN IMMEDIATE")  # nor patience: who writes is not held up by the store's ten seconds
+                writer.execute("COMMIT")
             assert not tried.result()
         reader.execute("COMMIT")
         assert store.erase(anna).overwritten

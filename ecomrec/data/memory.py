@@ -143,6 +143,16 @@ class Person(NamedTuple):
     joined_ts: int | None
 
 
+def _known_moments(log: pd.DataFrame) -> pd.DataFrame:
+    """Moments of the first and the last event of each user of a log, whatever kind they are of."""
+    return log.groupby("user_id")["ts"].agg(["min", "max"]).reset_index()
+
+
+def _spans(moments: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """The same by user."""
+    return {user: (int(first), int(last)) for user, first, last in moments.itertuples(index=False)}
+
+
 class Memory:
     """What a shop knows at this moment of its shoppers, products and queries.
 
@@ -158,7 +168,7 @@ class Memory:
         self.queries, self.texts, self.seen, self.later, self.gone, self.called = {}, [], {}, [], set(), str
         self.catalogue(products)
         names, rows = self._coded(self.log)
-        self.histories = Histories(names, rows)
+        self.histories, self.spans = Histories(names, rows), _spans(_known_moments(self.log))
         self.until = int(self.log["ts"].max()) if len(self.log) else 0
         self.refresh(self.until + DAY)
 
@@ -185,37 +195,25 @@ class Memory:
             return set(pd.read_parquet(self.log, columns=["event_id"], filters=[("ts", ">=", since)])["event_id"])
         return set(self.log.loc[self.log["ts"] >= since, "event_id"])
 
-    def whole_log(self, columns: list[str] | None = None) -> pd.DataFrame:
-        """All events that are remembered, under the names that shoppers have now.
-
-        Args:
-            columns: Which; user_id and session_id are among them. All where left out.
-        """
-        log = pd.read_parquet(self.log, columns=columns) if isinstance(self.log, Path) else self.log[columns or list(self.log)]
+    def whole_log(self) -> pd.DataFrame:
+        """All events that are remembered, under the names that shoppers have now."""
+        log = pd.read_parquet(self.log) if isinstance(self.log, Path) else self.log
         log = log.assign(user_id=log["user_id"].map({name: self.called(name) for name in log["user_id"].dropna().unique()}).astype("str"))
         if self.gone:  # with what nobody sent in her visits, before she said who she is
             hers = log["user_id"].isin(self.gone)
             log = log[~hers & ~(log["user_id"].isna() & log["session_id"].isin(log.loc[hers, "session_id"]))]
-        return pd.concat([log, check("events", pd.DataFrame(self.later))], join="inner", ignore_index=True) if self.later else log
+        return pd.concat([log, check("events", pd.DataFrame(self.later))], ignore_index=True) if self.later else log
 
-    def known_between(self, users: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Moments of the first and the last thing that is remembered of shoppers, milliseconds since the epoch.
+    def known_between(self, user: str) -> tuple[int, int] | None:
+        """Moments of the first and the last thing that is remembered of a shopper, milliseconds since the epoch; None of a stranger.
 
-        What one told counts from the day of joining, or from the beginning where that is not known, to the end of the log.
-
-        Args:
-            users: Whom it is about.
-        Returns:
-            By user; whoever is a stranger is not in it. Takes as long as reading three columns of the log.
+        What somebody told counts from joining, or from the beginning where that moment is not known, to the end of the log.
         """
-        log = self.whole_log(["user_id", "session_id", "ts"])
-        moments = {user: of.tolist() for user, of in log[log["user_id"].isin(users)].groupby("user_id")["ts"]}
-        for user in users:
-            told = self.histories(user, np.iinfo(np.int64).max)["ts"].tolist()
-            told += [int(self.people[user].joined_ts or 0), self.until] if user in self.people else []
-            if told:
-                moments.setdefault(user, []).extend(told)
-        return {user: (min(of), max(of)) for user, of in moments.items()}
+        moments = list(self.spans.get(user, ()))
+        if user in self.people:
+            joined = int(self.people[user].joined_ts or 0)
+            moments += [joined, max(joined, self.until)]
+        return (min(moments), max(moments)) if moments else None
 
     def queries_of_several(self, least: int = 3) -> list[str]:
         """Queries that at least so many shoppers asked, most first: none of them tells of one person alone."""
@@ -274,14 +272,16 @@ class Memory:
             events = check("events", events.drop_duplicates("event_id"), stage="clean", where="observe")
             events = events.astype(object).where(events.notna(), None).to_dict("records")
         fresh = {row["event_id"]: row for row in reversed(events) if row["event_id"] not in self.seen}
-        self.seen.update((name, (row["user_id"], None)) for name, row in fresh.items())
+        self.seen.update((name, (row["user_id"], True)) for name, row in fresh.items())
         for row in sorted(fresh.values(), key=lambda row: (row["ts"], row["event_id"])):
             request, user = ("request", row["request_id"]), row["user_id"]
-            asks = row["request_id"] is not None and (request not in self.seen or row["query"] is not None and self.seen[request][1] is None)
+            asks = row["request_id"] is not None and (request not in self.seen or row["query"] is not None and not self.seen[request][1])
             if asks:
-                self.seen[request] = user, row["query"]
+                self.seen[request] = user, row["query"] is not None
             if user is None:
                 continue
+            first, last = self.spans.get(user, (row["ts"], row["ts"]))
+            self.spans[user] = min(first, row["ts"]), max(last, row["ts"])
             surface, phone = SURFACES.index(row["surface"]) if row["surface"] in SURFACES else -1, row["device"] == "phone"
             if asks:
                 self.histories.append(user, (row["ts"], -1, -1, self._query(row["query"]), surface, phone, 0))
@@ -304,11 +304,13 @@ class Memory:
 
     def forget(self, *users: str) -> None:
         """Drop all that is known of shoppers. Counters lose it with the next `refresh`; what they do afterwards is learned anew."""
-        self.users, self.later = self.users.drop([*users], errors="ignore"), [row for row in self.later if row["user_id"] not in users]
+        self.users, visits = self.users.drop([*users], errors="ignore"), {row["session_id"] for row in self.later if row["user_id"] in users}
+        self.later = [row for row in self.later if row["user_id"] not in users and not (row["user_id"] is None and row["session_id"] in visits)]
         self.seen = {name: of for name, of in self.seen.items() if of[0] not in users}
         self.gone.update(users)
         for user in users:
             self.people.pop(user, None)
+            self.spans.pop(user, None)
             self.histories.forget(user)
 
     def rename(self, name: Callable[[str], str]) -> None:
@@ -317,6 +319,7 @@ class Memory:
             raise ValueError("rename: shoppers have other names already, or events came under the old ones; rename right after loading")
         self.called = name
         self._take(self.users.rename(index=name))
+        self.spans = {name(user): span for user, span in self.spans.items()}
         self.histories.rename(name)
 
     def features(self, items: np.ndarray, ts: int, user: str | None = None, query: str | None = None, device: str | None = None) -> np.ndarray:
@@ -369,6 +372,7 @@ def save_memory(memory: Memory, folder: Path) -> set[str]:
     names, rows = memory._coded(log)
     pd.DataFrame(rows).assign(user_id=names).to_parquet(folder / "histories.parquet", index=False)
     memory.users.reset_index().to_parquet(folder / "users.parquet", index=False)
+    _known_moments(log).to_parquet(folder / "moments.parquet", index=False)
     pd.DataFrame(memory.counters).to_parquet(folder / "counters.parquet", index=False)
     told = set(log["query"].dropna())
     clicks = [pd.DataFrame({"query": query, "item": items, "clicks": counts}) for query, (items, counts) in memory.clicks.items() if query in told]
@@ -390,6 +394,7 @@ def load_memory(folder: Path, products: pd.DataFrame) -> Memory:
     for name in EVENT.names:
         rows[name] = told[name].to_numpy()
     memory.histories = Histories(told["user_id"].to_numpy(object), rows)
+    memory.spans = _spans(pd.read_parquet(folder / "moments.parquet"))
     memory.counters = {name: of.to_numpy() for name, of in pd.read_parquet(folder / "counters.parquet").items()}
     clicks = pd.read_parquet(folder / "clicks.parquet")
     memory.clicks = {query: (of["item"].to_numpy(), of["clicks"].to_numpy()) for query, of in clicks.groupby("query")}

@@ -463,7 +463,7 @@ def _removal(connection: sa.Connection) -> int:
 
 
 def _checkpointed(connection: sa.Connection) -> bool:
-    """Empty the journal of SQLite's file; False at once where somebody reads it, for whoever writes waits with this."""
+    """Empty the journal of SQLite's file; False at once where somebody reads or writes it, for whoever writes waits with this."""
     patience = connection.exec_driver_sql("PRAGMA busy_timeout").one()[0]
     connection.exec_driver_sql("PRAGMA busy_timeout = 100")
     try:
@@ -769,7 +769,7 @@ class Store:
         Events wait meanwhile, some seconds for each gigabyte; those that wait longer than `patience` are refused, and can be sent again.
 
         Returns:
-            Whether nothing of removed rows is left; False while a reader holds the file, where it cannot be written, and for PostgreSQL.
+            Whether nothing of removed rows is left; False while somebody reads the file or writes much, where it cannot be written, and for PostgreSQL.
         """
         if not self.is_file:
             return False
@@ -780,7 +780,7 @@ class Store:
             if not _checkpointed(connection):  # before, too: while somebody reads, each new file would be added to the journal
                 return False
             connection.exec_driver_sql("VACUUM")
-            if not _checkpointed(connection):
+            if not any(_checkpointed(connection) for _ in range(20)):  # of those who write one after the other, each lets go
                 return False
             connection.exec_driver_sql("BEGIN IMMEDIATE")
             if done := _removal(connection) == removed:  # none were meanwhile

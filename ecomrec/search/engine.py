@@ -456,9 +456,9 @@ class Engine:
         """How many events of a shopper came since the engine was opened: as long as it stays the same, so do the pages of one moment."""
         return 0 if self._memory is None else self.memory.histories.news(user)
 
-    def known_between(self, users: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Moments of the first and the last thing that is remembered of shoppers. See `Memory.known_between`."""
-        return {} if self._memory is None else self.memory.known_between(users)
+    def known_between(self, user: str) -> tuple[int, int] | None:
+        """Moments of the first and the last thing that is remembered of a shopper. See `Memory.known_between`."""
+        return None if self._memory is None else self.memory.known_between(user)
 
     def forget(self, *users: str) -> None:
         """Drop what is remembered of shoppers."""

@@ -670,23 +670,26 @@ class Service:
         Raises:
             Refused: 404 if nothing is known of such a user, 503 if the store is away.
         """
-        user = self.user(caller, user_id)
+        user, engine = self.user(caller, user_id), self.engine
         try:
             for _ in range(len(self.log.waiting) // self.log.GROUP + 1):
                 self.log.flush()  # in the store it is seen which visits were hers
             with self.log.writing:
                 self._erasing(user)
-                waited, before, told = self.log.drop(user), self._erased(), self.engine.known_between([user]).get(user)
+                waited, before, told = self.log.drop(user), self._erased(), engine.known_between(user)
                 write_json(self.erased, before | {user: _this_moment()})  # before anything is removed: half an erasure can be finished
                 done = self.store.erase(user, told, overwrite=False)
                 with self.observing:
                     self._erasing(user)
+                    told = told or self.engine.known_between(user)  # a model may have taken the place of the one before
                     self.engine.forget(user)
                     self.missed = None if self.missed is None else [row for row in self.missed if row["user_id"] != user]
                 self._nothing_cached()
                 waited += self.log.drop(user)
                 if not (waited or done.rows or done.key_destroyed or told):
-                    write_json(self.erased, before)
+                    with self.observing:
+                        if self.engine is engine and self.missed is None:  # no model came or comes in that knew her
+                            write_json(self.erased, before)
                     raise Refused(404, "no such user of this key", "user_id")
         except StoreError as error:
             raise Refused(503, "the store cannot be reached now; erase again", wait=1) from error
@@ -720,11 +723,10 @@ class Service:
         if not own:
             engine.rename_users(self.store.pseudonym)
         began = time.monotonic()
-        if erased := self._erased():
-            still = [user for user, (first, _) in engine.known_between(list(erased)).items() if first <= erased[user]]
+        still = [user for user, moment in self._erased().items() if (known := engine.known_between(user)) and known[0] <= moment]
+        if still:
             engine.forget(*still)
-            if still:
-                say("model still holds erased users", users=len(still), advice="train it again on what the store exports now")
+            say("model still holds erased users", users=len(still), advice="train it again on what the store exports now")
         known = engine.memory.ids(since)
         for some in self.store.acts(since):
             fresh = some[~some["event_id"].isin(known)]
@@ -800,7 +802,7 @@ class Service:
         while not self.closing.wait(OVERWRITING):
             try:
                 if not self.store.overwrite() and self.store.is_file:
-                    say("file not written anew", advice="somebody reads it, or it cannot be written; it is tried again")
+                    say("file not written anew", advice="somebody reads it or writes much, or it cannot be written; it is tried again")
             except Exception as error:
                 say("file not written anew", error)
 
