@@ -754,7 +754,8 @@ class Service:
                 self.missed = []
             fresh, began = self._opened()
             with self.observing:
-                fresh.forget(*[user for user, at in self.erasures.items() if at > began])
+                if erased := [user for user, at in self.erasures.items() if at > began]:  # else what its check has warmed stays warm
+                    fresh.forget(*erased)
                 if self.missed:
                     self._learn(fresh, self.missed)
                 self.engine = fresh
